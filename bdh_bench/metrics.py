@@ -1,0 +1,124 @@
+"""The one table of metrics: name → unit, better, label, meaning, and how raw values become one number.
+
+Command line help, the report and the documentation are generated from this table; units are SI base units and
+prefixes belong to the view. ``reduction`` says how the raw measurements of one point are reduced:
+
+* ``ratio``   Σ value·weight / Σ weight over samples (documents); the interval resamples samples,
+* ``median``  the median over repeats (windows); an interval needs at least three rounds,
+* ``exact``   an integer that every repeat must agree on; no interval.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bdh_bench.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. ``unit`` is a base unit; ``better`` is the direction that wins."""
+
+    name: str
+    unit: str
+    better: Literal["lower", "higher", "neither"]
+    label: str
+    meaning: str
+    reduction: Literal["ratio", "median", "exact"]
+
+
+_TABLE = (
+    Metric(
+        "bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per byte (same targets)",
+        "Mean negative log2-likelihood of the same target bytes after exactly c bytes of context; "
+        "every context and every model scores identical bytes.",
+        "ratio",
+    ),
+    Metric(
+        "state_bytes",
+        "byte",
+        "lower",
+        "state bytes",
+        "Bytes of the tensors that must survive until the next token (KV cache or recurrent state), by census; "
+        "equal to the model's formula.",
+        "exact",
+    ),
+    Metric(
+        "capacity_bytes",
+        "byte",
+        "lower",
+        "reserved state bytes",
+        "Bytes of the storages behind the state, with what a preallocated cache keeps in reserve.",
+        "exact",
+    ),
+    Metric(
+        "weights_bytes",
+        "byte",
+        "lower",
+        "weight bytes",
+        "Bytes of the unique storages of parameters and buffers.",
+        "exact",
+    ),
+    Metric(
+        "prefill_peak_live_bytes",
+        "byte",
+        "lower",
+        "prefill peak above the loaded process",
+        "High-water mark of resident memory during prefill, minus resident memory before it.",
+        "median",
+    ),
+    Metric(
+        "decode_peak_live_bytes",
+        "byte",
+        "lower",
+        "decode peak above the loaded process",
+        "High-water mark of resident memory during decoding, minus resident memory before it.",
+        "median",
+    ),
+    Metric(
+        "peak_footprint_bytes",
+        "byte",
+        "lower",
+        "peak footprint of the process",
+        "Absolute high-water mark of the process over prefill and decoding: the number that decides out-of-memory.",
+        "median",
+    ),
+    Metric(
+        "prefill_s",
+        "s",
+        "lower",
+        "prefill",
+        "Wall time from the first model call on the prompt until the logits of its last position are ready.",
+        "median",
+    ),
+    Metric(
+        "ttft_s",
+        "s",
+        "lower",
+        "time to first token",
+        "Prefill plus one greedy choice; loading and compilation are not in it.",
+        "median",
+    ),
+    Metric(
+        "tpot_s",
+        "s",
+        "lower",
+        "time per output token",
+        "Mean wall time of one decoding step over a window of steps that starts at the given depth.",
+        "median",
+    ),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+
+def metric(name: str) -> Metric:
+    """The metric called ``name``. Raises UnknownNameError."""
+    try:
+        return METRICS[name]
+    except KeyError:
+        raise UnknownNameError("metric", name, METRICS) from None

@@ -1,0 +1,1 @@
+"""From a request to stored rows: plan the cells, run each in its own process, keep what happened."""

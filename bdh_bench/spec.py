@@ -1,0 +1,193 @@
+"""What a user asked for: model names and run requests, parsed once into inert values.
+
+Model grammar: ``NAME[@SIZE][:key=value]…``, comma-separated. NAME is a family, ``toy:``word, or ``hf:``rest up to the next
+``:key=`` (there ``@`` is the revision). Values with ``:`` or ``,`` may be double-quoted; commas split outside quotes only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bdh_bench.errors import SpecError, UnknownNameError
+
+#: Parameter targets; every family is solved to within ±2 %.
+SIZES: dict[str, int] = {
+    "quick": 300_000,
+    "1m": 1_000_000,
+    "3m": 3_000_000,
+    "10m": 10_000_000,
+    "25m": 25_000_000,
+    "50m": 50_000_000,
+    "100m": 100_000_000,
+    "350m": 350_000_000,
+    "1b": 1_000_000_000,
+}
+DEFAULT_SIZE = "quick"
+
+_OPTION = re.compile(r":(?=[A-Za-z_][A-Za-z0-9_]*=)")
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model as named on the command line. ``size`` is "" where none was given; options are text, unparsed."""
+
+    family: str
+    name: str = ""
+    size: str = ""
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        """Canonical form: options sorted, the default size left out, values quoted only where needed."""
+        head = f"{self.family}:{self.name}" if self.name else self.family
+        size = f"@{self.size}" if self.size and (self.size != DEFAULT_SIZE or self.family == "hf") else ""
+        return head + size + "".join(f":{key}={_quote(value)}" for key, value in sorted(self.options))
+
+    def option(self, key: str) -> str | None:
+        """The text given for option ``key``, or None."""
+        return dict(self.options).get(key)
+
+
+def _quote(value: str) -> str:
+    return f'"{value}"' if ":" in value or "," in value else value
+
+
+def _split_outside_quotes(text: str, separator: re.Pattern[str]) -> list[str]:
+    quoted = [False]
+    for char in text:
+        quoted.append(quoted[-1] ^ (char == '"'))
+    if quoted[-1]:
+        raise SpecError(f"got {text!r} with an open quote · expected quotes in pairs", 'write key="value"')
+    cuts = [m.start() for m in separator.finditer(text) if not quoted[m.start()]]
+    starts, ends = [0, *(c + 1 for c in cuts)], [*cuts, len(text)]
+    return [text[a:b] for a, b in zip(starts, ends, strict=True)]
+
+
+def parse_model(text: str) -> ModelSpec:
+    """One model name. Raises SpecError for a name that does not follow the grammar, UnknownNameError for a size."""
+    head, *parts = _split_outside_quotes(text.strip(), _OPTION)
+    options: dict[str, str] = {}
+    for part in parts:
+        key, value = part.split("=", 1)
+        if key in options:
+            raise SpecError(f"option {key!r} is given twice in {text!r} · expected once", "remove one")
+        if not value.strip('"'):
+            raise SpecError(f"option {key!r} in {text!r} is empty · expected {key}=VALUE")
+        options[key] = value.strip('"')
+    family, colon, name = head.partition(":")
+    at = name if family == "hf" else head
+    stem, _, size = at.partition("@")
+    if family == "hf":
+        name = stem
+    elif colon:
+        name = name.partition("@")[0]
+    else:
+        family = stem
+    if not _WORD.match(family) or (colon and not name) or ("@" in at and not size):
+        raise SpecError(f"got model {text!r} · expected NAME[@SIZE][:key=value]…", "see 'bdh-bench list models'")
+    if colon and family not in ("toy", "hf"):
+        raise SpecError(
+            f"got model {text!r} · expected key=value after ':' (only toy: and hf: take a word)",
+            f"write {family}:key=value",
+        )
+    if size and family != "hf" and size not in SIZES:
+        raise UnknownNameError("size", size, SIZES)
+    return ModelSpec(family, name, size, tuple(sorted(options.items())))
+
+
+def parse_models(text: str) -> tuple[ModelSpec, ...]:
+    """A comma-separated list of distinct models. Raises SpecError for an empty list, an empty entry or a duplicate."""
+    specs: list[ModelSpec] = []
+    for part in _split_outside_quotes(text, re.compile(",")):
+        if not part.strip():
+            raise SpecError(f"got an empty name in the models list {text!r} · expected NAME,NAME")
+        spec = parse_model(part)
+        if any(str(spec) == str(other) for other in specs):
+            raise SpecError(f"model {str(spec)!r} is listed twice · expected each model once", "remove one")
+        specs.append(spec)
+    return tuple(specs)
+
+
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """``128-8192*2`` (from, to, factor) or ``128,512``; increasing, each at least 1. Raises SpecError."""
+    wrong = SpecError(f"got contexts {text!r} · expected FROM-TO*FACTOR or a list", "for example 128-8192*2 or 128,512")
+    span = re.fullmatch(r"\s*(\d+)-(\d+)\*(\d+)\s*", text)
+    if span:
+        start, stop, factor = map(int, span.groups())
+        if start < 1 or stop < start or factor < 2:
+            raise wrong
+        values = [start]
+        while values[-1] * factor <= stop:
+            values.append(values[-1] * factor)
+        return tuple(values)
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+)*\s*", text):
+        raise wrong
+    listed = sorted({int(part) for part in text.split(",")})
+    if listed[0] < 1:
+        raise wrong
+    return tuple(listed)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Everything that determines the results of a run; its digest names the run's request.
+
+    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes.
+    """
+
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    data: str = "stdlib"
+    contexts: tuple[int, ...] = ()
+    train_bytes: int = 1_048_576
+    train_context: int = 256
+    seeds: tuple[int, ...] = (0,)
+    device: str = "cpu"
+    threads: int = 0
+    learning_rate: float = 0.0
+    documents: int = 10
+    smoke: bool = False
+
+    def digest(self) -> str:
+        """sha256 of the canonical JSON of this request."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def as_json(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> RunSpec:
+        """A spec from TOML or JSON values. Raises UnknownNameError for a field that does not exist."""
+        for key in values:
+            if key not in cls.__dataclass_fields__:
+                raise UnknownNameError("run setting", key, cls.__dataclass_fields__)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def to_toml(spec: RunSpec) -> str:
+    """The request as TOML; ``from_toml`` reads it back unchanged."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(spec).items()}
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def from_toml(path: Path) -> RunSpec:
+    """Read a recorded experiment. Raises SpecError where the file cannot be read as TOML."""
+    import tomllib
+
+    try:
+        return RunSpec.from_mapping(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"cannot read {path} as TOML: {error}") from error
+
+
+def require_positive(**values: float) -> None:
+    """Raise SpecError for the first named value that is not greater than zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise SpecError(f"got --{name.replace('_', '-')} {value} · expected a number greater than 0")

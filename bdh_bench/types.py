@@ -1,0 +1,185 @@
+"""The nouns everything hangs on: what a model, a stream, a task and a measurement are.
+
+Protocols and frozen dataclasses only; torch is imported for type checkers, never at run time, so that the reading
+half can use the same nouns where torch is not installed.
+
+Legend: B batch (streams), T tokens in this call, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+Keep = Literal["last", "all"]
+Scalar = str | int | float | bool | None
+
+#: Statuses with a value: measured, perhaps marked.
+MEASURED_STATUSES = frozenset({"ok", "noisy", "unsteady", "throttled"})
+#: Results without a value that are answers all the same (out of memory is a result).
+RESULT_STATUSES = frozenset({"unsupported", "skipped", "oom_host", "oom_cuda"})
+#: Not final: such a cell runs again on resume.
+UNFINISHED_STATUSES = frozenset({"interrupted", "infra"})
+
+
+class Session(Protocol):
+    """One batch of streams and what the model remembers of them."""
+
+    length: int
+
+    def extend(self, tokens: Tensor, keep: Keep = "last") -> Tensor:
+        """Read tokens (B, T ≥ 1); return logits (B, 1, V) after the last or (B, T, V) after each."""
+        ...
+
+    def detach(self) -> None:
+        """Cut the autograd graph behind the state; all that carried-state training needs."""
+        ...
+
+    def state(self) -> list[Tensor]:
+        """The live tensors that must survive until the next token, and nothing else."""
+        ...
+
+    def fork(self) -> Session:
+        """An independent copy."""
+        ...
+
+    def save(self, path: str | Path) -> None:
+        """Write state, length and model fingerprint as safetensors."""
+        ...
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A torch module that predicts the next token, with a stream form of the same arithmetic."""
+
+    vocab_size: int
+    max_positions: int | None
+    start_symbol: int | None
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Teacher forcing: tokens (B, T) → logits (B, T, V); differentiable; the truth for every session."""
+        ...
+
+    def session(self, batch_size: int = 1) -> Any:
+        """A live stream with empty state at position 0."""
+        ...
+
+    def restore(self, path: str | Path) -> Any:
+        """The session saved at ``path``. Raises SessionError for the file of another model."""
+        ...
+
+    def state_bytes(self, batch_size: int, context: int) -> int:
+        """Theory: bytes of state after ``context`` tokens; a law compares it with the census exactly."""
+        ...
+
+    def parameter_count(self) -> int:
+        """Unique trainable parameters."""
+        ...
+
+    def flops_per_token(self, context: int, mode: str = "recurrent") -> float:
+        """Forward floating-point operations per token at ``context`` (2 per multiply-add)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One raw value from a task: no medians, no intervals; reduction happens when results are read.
+
+    value       SI units; None when there is none, and then status and reason say why
+    context     tokens each stream had read (0 where it has no meaning)
+    axes        what else makes this a point of its own (target_hash, mode, …)
+    sample      the unit of resampling (a document), or ""
+    weight      weight of this sample in a ratio (bytes scored)
+    repeat      index of the repetition within the process (a window)
+    metric_id   the name with its protocol, e.g. ``bpb@c=4096,S=128``; different ids are never compared
+    """
+
+    metric: str
+    value: float | None
+    context: int
+    batch_size: int = 1
+    axes: Mapping[str, Scalar] = field(default_factory=dict)
+    sample: str = ""
+    weight: float = 1.0
+    repeat: int = 0
+    metric_id: str = ""
+    status: str = "ok"
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Raw arrays that a task wants kept beside its measurements, written as one compressed npz."""
+
+    name: str
+    arrays: Mapping[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored measurement with the identity of its cell; what the reading half works on."""
+
+    run: str
+    cell: str
+    attempt: int
+    model: str
+    family: str
+    size: str
+    task: str
+    seed: int
+    metric: str
+    metric_id: str
+    value: float | None
+    context: int
+    batch_size: int
+    axes: Mapping[str, Scalar]
+    sample: str
+    weight: float
+    repeat: int
+    status: str
+    reason: str
+    weights: str
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The smallest thing that runs, fails and is resumed on its own: one model × task × seed (× context)."""
+
+    key: str
+    model: str
+    task: str
+    seed: int
+    context: int | None = None
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a task is given beside its model: the cell, the text, and a way to say how far it is.
+
+    ``context`` is the cell's own context (None where the task has no such axis), ``contexts`` all of the run.
+    ``documents`` are held-out test documents, opened for evaluation only.
+    """
+
+    seed: int
+    context: int | None
+    contexts: tuple[int, ...]
+    train_context: int
+    documents: tuple[Any, ...]
+    weights: str
+    smoke: bool
+    progress: Callable[[str, float, Mapping[str, Scalar]], None]
+
+
+class Task(Protocol):
+    """A task module: a docstring (question, protocol, caveats), a frozen ``Config`` and ``run``."""
+
+    def run(self, model: Any, config: Any, context: TaskContext) -> Iterator[Measurement | Arrays]:
+        """Yield raw measurements; never print, store, seed globally or compute a median."""
+        ...
