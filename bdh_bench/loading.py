@@ -6,6 +6,7 @@ in a user's own script.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -95,7 +96,7 @@ def _parse_bool(text: str) -> bool:
     raise ValueError(text)
 
 
-_PARSERS = {"int": int, "float": float, "str": str, "bool": _parse_bool}
+_PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": _parse_bool}
 
 
 def build(module: ModuleType, config: Any, seed: int) -> nn.Module:
@@ -113,7 +114,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no weights at {path} · expected a .safetensors or .pt file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(str(path))
+            tensors: dict[str, Tensor] = load_file(str(path))
+            return tensors
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}", "copy or train it again") from error

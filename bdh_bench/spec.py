@@ -167,7 +167,8 @@ class RunSpec:
         for key in values:
             if key not in cls.__dataclass_fields__:
                 raise UnknownNameError("run setting", key, cls.__dataclass_fields__)
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 def to_toml(spec: RunSpec) -> str:

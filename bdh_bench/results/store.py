@@ -250,7 +250,8 @@ def open_run(path: str | Path) -> Run:
     for shard in sorted((folder / "events").glob("*.jsonl")):
         for body in read_events(shard, problems):
             by_cell.setdefault(str(body.get("cell")), []).append(body)
-    cells, records = [], []
+    cells: list[CellOutcome] = []
+    records: list[Record] = []
     for planned in manifest.get("cells", []):
         outcome, event = _outcome(planned, by_cell.get(planned["key"], []), problems)
         cells.append(outcome)
