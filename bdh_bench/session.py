@@ -67,10 +67,6 @@ class Streaming:
             """Read tokens (B, T) at absolute ``position``; logits (B, 1, V) or (B, T, V)."""
             ...
 
-        def parameters(self, recurse: bool = True) -> Iterable[nn.Parameter]: ...
-
-        def state_dict(self) -> Mapping[str, Tensor]: ...
-
     def session(self, batch_size: int = 1) -> StreamSession:
         """A live stream with empty state at position 0."""
         if batch_size < 1:
@@ -93,13 +89,13 @@ class Streaming:
             )
         batch_size = int(meta["batch_size"])
         memory = self.memory(batch_size)
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        device = next((p.device for p in _module(self).parameters()), torch.device("cpu"))
         memory.load({name: tensor.to(device) for name, tensor in tensors.items()})
         return StreamSession(self, batch_size, memory, int(meta["length"]))
 
     def parameter_count(self) -> int:
         """Unique trainable parameters; a tensor used in several places counts once."""
-        return sum(p.numel() for p in {id(p): p for p in self.parameters()}.values())
+        return sum(p.numel() for p in {id(p): p for p in _module(self).parameters()}.values())
 
 
 class StreamSession:
@@ -172,11 +168,17 @@ class StreamSession:
         partial.replace(path)
 
 
+def _module(model: Streaming) -> nn.Module:
+    """A streaming model is an nn.Module too; the two are joined in the model's own class."""
+    assert isinstance(model, nn.Module)
+    return model
+
+
 def fingerprint(model: Streaming) -> str:
     """sha256 over the model's class and every named parameter and buffer: names, shapes, dtypes and values."""
     digest = hashlib.sha256(f"{type(model).__module__}.{type(model).__qualname__}".encode())
     digest.update(repr(getattr(model, "config", None)).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_module(model).state_dict().items()):
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,162 @@
+"""Which documents are there, which may be trained on, and how is that known to be the same text elsewhere?
+
+Bytes are the unit. A corpus is a list of documents, split by a hash of the document's name, so that a file lands in the same
+split under every Python version. ``stdlib`` is the source text of the running Python's standard library (tests, encodings tables
+and installed packages left out); ``path:`` is a folder or a file. The manifest (names, bytes, sha256, split) goes into every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from bdh_bench.errors import CorpusError, UnknownNameError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__", "lib2to3"}
+_GAP = 1024  # bytes between two pieces of one file, so that a sentence is not in two splits
+
+
+@dataclass(frozen=True)
+class Document:
+    """A name and where its bytes are: ``path`` from ``start`` to ``stop`` (None: to the end)."""
+
+    name: str
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    split: Split = "train"
+
+    @cached_property
+    def content(self) -> bytes:
+        """The raw bytes, read at first use. Raises CorpusError."""
+        try:
+            return self.path.read_bytes()[self.start : self.stop]
+        except OSError as error:
+            raise CorpusError(f"cannot read {self.path}: {error.strerror}", "check the --data path") from error
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents with their split. ``labels`` says what a reader must know (``smoke``); ``notes`` why."""
+
+    name: str
+    documents: tuple[Document, ...]
+    labels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def part(self, split: Split) -> tuple[Document, ...]:
+        """The documents of one split, sorted by name."""
+        return tuple(d for d in self.documents if d.split == split)
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything needed to tell whether two runs read the same text; ``digest`` sums it up."""
+        documents = [
+            {
+                "name": d.name,
+                "bytes": len(d.content),
+                "sha256": hashlib.sha256(d.content).hexdigest(),
+                "split": d.split,
+            }
+            for d in self.documents
+        ]
+        rows = "\n".join(f"{d['name']} {d['sha256']} {d['split']}" for d in documents)
+        return {
+            "name": self.name,
+            "documents": documents,
+            "digest": hashlib.sha256(rows.encode()).hexdigest(),
+            "python": platform.python_version(),
+            "notes": list(self.notes),
+            "labels": list(self.labels),
+        }
+
+
+def open_corpus(spec: str) -> Corpus:
+    """The corpus that ``spec`` names: ``stdlib`` or ``path:DIR|FILE``. Raises CorpusError, UnknownNameError."""
+    if spec == "stdlib":
+        return _split("stdlib", _stdlib_files(), (60, 10, 30))
+    if spec.startswith("path:"):
+        return _split(spec, _files_below(Path(spec.removeprefix("path:")).expanduser()), (80, 10, 10))
+    raise UnknownNameError("corpus", spec, ("stdlib", "path:DIR", "path:FILE"))
+
+
+def _stdlib_files() -> list[Document]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+    return [Document(p.relative_to(root).as_posix(), p) for p in files if p.stat().st_size]
+
+
+def _files_below(path: Path) -> list[Document]:
+    if path.is_file():
+        found = [Document(path.name, path)]
+    elif path.is_dir():
+        files = sorted(
+            p for p in path.rglob("*") if p.is_file() and not any(s.startswith(".") for s in p.relative_to(path).parts)
+        )
+        found = [Document(p.relative_to(path).as_posix(), p) for p in files]
+    else:
+        raise CorpusError(f"no file or folder at {path} · expected text", "check the --data path")
+    try:
+        found = [d for d in found if d.path.stat().st_size]
+    except OSError as error:
+        raise CorpusError(f"cannot read {path}: {error.strerror}", "check permissions") from error
+    if not found:
+        raise CorpusError(f"no bytes in {path} · expected at least one file that is not empty", "check the --data path")
+    return found
+
+
+def _split(name: str, documents: list[Document], percent: tuple[int, int, int]) -> Corpus:
+    if len(documents) < 3:
+        pieces = [piece for document in documents for piece in _cut(document)]
+        note = "fewer than 3 documents: each is cut once into contiguous pieces with a gap of 1 KiB"
+        return Corpus(name, tuple(pieces), ("smoke",), (note,))
+    placed = [replace(d, split=_split_of(d.name, percent)) for d in documents]
+    notes: list[str] = []
+    for split in SPLITS:
+        if not any(d.split == split for d in placed):
+            placed, note = _move_one_into(split, placed)
+            notes.append(note)
+    return Corpus(name, tuple(placed), (), tuple(notes))
+
+
+def name_hash(name: str) -> int:
+    """A stable 64-bit number for a document's name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
+def _split_of(name: str, percent: tuple[int, int, int]) -> Split:
+    bucket = name_hash(name) % 100
+    if bucket < percent[0]:
+        return "train"
+    return "validation" if bucket < percent[0] + percent[1] else "test"
+
+
+def _move_one_into(split: Split, documents: list[Document]) -> tuple[list[Document], str]:
+    """Take the first document by hash from the split that has most, so that no split is emptied."""
+    sizes = {s: sum(d.split == s for d in documents) for s in SPLITS}
+    donor = max(SPLITS, key=lambda s: sizes[s])
+    moved = min((d for d in documents if d.split == donor), key=lambda d: name_hash(d.name))
+    changed = [replace(d, split=split) if d is moved else d for d in documents]
+    return changed, f"split {split} was empty: {moved.name} was moved into it from {donor}"
+
+
+def _cut(document: Document) -> Iterable[Document]:
+    """80/10/10 of one file as ``file#part``. Raises CorpusError where it is too short to be cut."""
+    size = len(document.content)
+    if size < 20 * _GAP:
+        raise CorpusError(
+            f"{document.path} has {size:,} bytes · expected at least {20 * _GAP:,} where there are fewer than 3 documents",
+            "give more text",
+        )
+    edges = (0, size * 80 // 100, size * 90 // 100, size)
+    for split, start, stop in zip(SPLITS, edges, edges[1:], strict=False):
+        stop = stop if stop == size else stop - _GAP
+        yield Document(f"{document.name}#{split}", document.path, start, stop, split)

@@ -1,0 +1,124 @@
+"""Is the text what the manifest says, and are targets the same for every context?"""
+
+from __future__ import annotations
+
+import math
+import os
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bdh_bench.data.corpus import SPLITS, name_hash, open_corpus
+from bdh_bench.data.pieces import TrainingText
+from bdh_bench.data.reference import order_bits, reference_lines
+from bdh_bench.data.targets import choose_longest, choose_targets
+from bdh_bench.errors import CorpusError, UnknownNameError
+
+
+def test_stdlib_is_long_and_split_by_name() -> None:
+    corpus = open_corpus("stdlib")
+    sizes = [len(d.content) for d in corpus.documents]
+    assert sum(s > 65_536 for s in sizes) >= 20
+    assert sum(len(d.content) > 16_384 for d in corpus.part("test")) >= 30
+    assert all(name_hash(d.name) % 100 >= 70 for d in corpus.part("test"))
+    assert not any("test" in d.name.split("/")[:-1] or "encodings" in d.name for d in corpus.documents)
+    manifest = corpus.manifest()
+    assert [d["bytes"] for d in manifest["documents"]] == [d.path.stat().st_size for d in corpus.documents]
+
+
+def test_splits_never_share_a_document_and_none_is_empty(tmp_path: Path) -> None:
+    for count in (3, 4, 5, 12):
+        for i in range(count):
+            (tmp_path / f"{i}.txt").write_bytes(os.urandom(100))
+        corpus = open_corpus(f"path:{tmp_path}")
+        names = [{d.name for d in corpus.part(s)} for s in SPLITS]
+        assert all(names)
+        assert sum(map(len, names)) == count == len(set.union(*names))
+
+
+def test_an_empty_split_is_filled_and_the_manifest_says_so(tmp_path: Path) -> None:
+    names = [n for n in (f"{i}.txt" for i in range(1000)) if name_hash(n) % 100 < 80][:4]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    corpus = open_corpus(f"path:{tmp_path}")
+    assert all(corpus.part(s) for s in SPLITS)
+    assert len(corpus.notes) == 2
+
+
+def test_one_file_is_cut_with_gaps_and_labelled(tmp_path: Path) -> None:
+    data = os.urandom(50_000)
+    (tmp_path / "one.bin").write_bytes(data)
+    corpus = open_corpus(f"path:{tmp_path}/one.bin")
+    assert corpus.labels == ("smoke",)
+    assert [d.name for d in corpus.documents] == [f"one.bin#{s}" for s in SPLITS]
+    assert [len(d.content) for d in corpus.documents] == [40_000 - 1024, 5_000 - 1024, 5_000]
+    assert corpus.documents[2].content == data[45_000:]
+
+
+@pytest.mark.parametrize("spec", ["path:/no/such/place", "wikipedia", "path:EMPTY", "path:EMPTYFILE"])
+def test_bad_corpora_are_refused(spec: str, tmp_path: Path) -> None:
+    (tmp_path / "e").mkdir()
+    (tmp_path / "f").touch()
+    spec = spec.replace("EMPTYFILE", f"{tmp_path}/f").replace("EMPTY", f"{tmp_path}/e")
+    with pytest.raises((CorpusError, UnknownNameError)):
+        open_corpus(spec)
+
+
+def test_targets_follow_the_rule_and_leave_room_for_the_context() -> None:
+    documents = open_corpus("stdlib").part("test")
+    targets = choose_targets(documents, 2048, 128, 2, 10)
+    assert len(targets.documents) == 10
+    for document, starts in zip(targets.documents, targets.starts, strict=True):
+        room = len(document.content) - 2048 - 128 - 64
+        for j, start in enumerate(starts):
+            base = 2048 + j * room // 2
+            assert base <= start <= base + 64
+            assert start + 128 <= len(document.content)
+            assert document.content[start - 1 : start].isspace() or start == base
+    assert targets.hash == choose_targets(documents, 2048, 128, 2, 10).hash
+    assert targets.hash != choose_targets(documents, 4096, 128, 2, 10).hash
+
+
+def test_contexts_longer_than_every_document_are_refused() -> None:
+    documents = open_corpus("stdlib").part("test")
+    assert choose_longest(documents, (128, 2048), 128, 20) == (128, 2048)
+    with pytest.raises(CorpusError, match="longest test document"):
+        choose_longest(documents, (1 << 24,), 128, 20)
+
+
+def test_pieces_repeat_for_a_seed_and_stay_inside_documents(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"{i}").write_bytes(bytes([i]) * (50 + i))
+    text = TrainingText(open_corpus(f"path:{tmp_path}").documents, 40)
+    first = [p.tobytes() for p in islice(text.pieces(3), 500)]
+    assert first == [p.tobytes() for p in islice(text.pieces(3), 500)]
+    assert first[100:200] == [p.tobytes() for p in islice(text.pieces(3, skip=100), 100)]
+    assert first != [p.tobytes() for p in islice(text.pieces(4), 500)]
+    assert all(len(set(p)) == 1 and len(p) == 40 for p in first)
+    assert len(set(first)) == 12
+
+
+def test_reference_models_on_known_text() -> None:
+    train = np.frombuffer(b"ab" * 5000, dtype=np.uint8)
+    block = b"ab" * 50
+    assert order_bits(train, [block], 0, 4) / 96 == pytest.approx(1.0, abs=0.01)
+    assert order_bits(train, [block], 1, 4) / 96 == pytest.approx(0.0, abs=0.01)
+    noise = np.random.default_rng(0).integers(0, 256, 200_000).astype(np.uint8)
+    assert order_bits(noise, [noise[:1000].tobytes()], 0, 4) / 996 == pytest.approx(8.0, abs=0.01)
+
+
+def test_order_model_probabilities_sum_to_one() -> None:
+    train = np.frombuffer(b"the cat sat on the mat " * 20, dtype=np.uint8)
+    for order in (0, 1, 2):
+        total = sum(2 ** -order_bits(train, [b"th" + bytes([b])], order, 2) for b in range(256))
+        assert math.isclose(total, 1.0, abs_tol=1e-9)
+
+
+def test_reference_lines_on_the_standard_library_are_ordered() -> None:
+    corpus = open_corpus("stdlib")
+    targets = choose_targets(corpus.part("test"), 2048, 128, 2, 10)
+    train = np.concatenate(list(islice(TrainingText(corpus.part("train"), 256).pieces(0), 4096)))
+    rows = {row["name"]: row["bits_per_byte"] for row in reference_lines(train, targets)}
+    assert rows["order-0 byte model"] > rows["order-1 byte model"] > rows["order-2 byte model"] > 2
