@@ -140,3 +140,21 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
     except RuntimeError as error:
         detail = " ".join(str(error).split())
         raise CheckpointError(f"{origin} does not fit this model: {detail[:400]}", "check options and sizes") from error
+
+
+def describe(family: str) -> dict[str, Any]:
+    """What a family is at its default size: parameters, operations per token, state bytes, kernels (on the meta device)."""
+    module = registry.load("models", family)
+    words = registry.find("models", family).defaults.get("words", ())
+    if words:
+        return {}
+    config = resolve(ModelSpec(family), module, None, 256)
+    with torch.device("meta"):
+        model = module.Model(config)
+    return {
+        "parameters": model.parameter_count(),
+        "flops_per_token_1k": model.flops_per_token(1024),
+        "state_bytes_1k": model.state_bytes(1, 1024),
+        "state_bytes_64k": model.state_bytes(1, 65_536),
+        "kernels": model.kernels() if hasattr(model, "kernels") else "",
+    }

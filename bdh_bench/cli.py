@@ -1,0 +1,430 @@
+"""The command line: it parses, calls, and prints; it decides nothing.
+
+stdout is data, stderr is progress and messages. Exit codes: 0 all cells have a result; 1 internal error; 2 usage; 3 finished with
+failed cells; 5 nothing measured; 6 a correctness gate failed; 130 Ctrl-C (the store stays consistent).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bdh_bench.errors import BenchError, SpecError, UnknownNameError
+
+if TYPE_CHECKING:
+    from bdh_bench.results.store import Run
+    from bdh_bench.spec import RunSpec
+
+app = typer.Typer(
+    name="bdh-bench",
+    help="Does BDH match transformers and state-space models on long contexts without a KV cache?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.", envvar="BDH_BENCH_RUNS")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Data = Annotated[str, typer.Option("--data", help="stdlib, or path:DIR or path:FILE.")]
+TrainBytes = Annotated[int, typer.Option("--train-bytes", help="Training budget in bytes.")]
+TrainContext = Annotated[int, typer.Option("--train-context", help="Bytes in one training piece.")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; without it, what torch chooses.")]
+Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
+RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
+
+_PLAIN_BYTES, _PLAIN_CONTEXT = 1_048_576, 256
+
+
+@app.command()
+def run(
+    models: Annotated[str, typer.Option("--models", help="NAME[@SIZE][:key=value]…, comma-separated.")] = "",
+    task: Annotated[str, typer.Option("--task", help="Task names, comma-separated.")] = "",
+    data: Data = "stdlib",
+    contexts: Annotated[str, typer.Option("--contexts", help="FROM-TO*FACTOR or a list, in bytes.")] = "",
+    train_bytes: TrainBytes = _PLAIN_BYTES,
+    train_context: TrainContext = _PLAIN_CONTEXT,
+    seeds: Annotated[int | None, typer.Option("--seeds", help="Number of seeds: 0, 1, … N−1.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="One seed.")] = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    learning_rate: Rate = 0.0,
+    documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
+    spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
+    runs: Runs = Path("runs"),
+    run_id: Annotated[str | None, typer.Option("--run-id", help="Name of the run.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that id.")] = False,
+    cell_timeout: Annotated[float, typer.Option("--cell-timeout", help="Seconds that one cell may take.")] = 7200.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and stop.")] = False,
+    json_: Json = False,
+) -> None:
+    """Train what is needed, measure every cell in its own process, and keep the results."""
+    from bdh_bench.spec import from_toml, require_positive
+
+    require_positive(cell_timeout=cell_timeout)
+    if spec is not None and (models or task):
+        raise SpecError("got --spec and --models or --task · expected one or the other")
+    if spec is not None:
+        request = from_toml(spec)
+    else:
+        request = _request(
+            models,
+            task,
+            data,
+            contexts,
+            train_bytes,
+            train_context,
+            _seeds(seeds, seed),
+            device,
+            threads,
+            learning_rate,
+            documents,
+        )
+    _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
+
+
+def _seeds(count: int | None, one: int | None) -> tuple[int, ...]:
+    from bdh_bench.spec import require_positive
+
+    if count is not None and one is not None:
+        raise SpecError("got --seeds and --seed · expected one or the other")
+    if one is not None:
+        if one < 0:
+            raise SpecError(f"got --seed {one} · expected 0 or more")
+        return (one,)
+    require_positive(seeds=1 if count is None else count)
+    return tuple(range(count or 1))
+
+
+def _request(
+    models: str,
+    task: str,
+    data: str,
+    contexts: str,
+    train_bytes: int,
+    train_context: int,
+    seeds: tuple[int, ...],
+    device: str,
+    threads: int,
+    learning_rate: float,
+    documents: int,
+) -> RunSpec:
+    from bdh_bench.spec import RunSpec, parse_contexts, parse_models, require_positive
+
+    if not models or not task:
+        raise SpecError("--models and --task are needed", "for example --models bdh,gpt2,mamba --task long_ppl")
+    require_positive(train_bytes=train_bytes, train_context=train_context, documents=documents)
+    if threads < 0 or learning_rate < 0:
+        raise SpecError(f"got --threads {threads} --learning-rate {learning_rate} · expected no negative number")
+    return RunSpec(
+        models=tuple(str(m) for m in parse_models(models)),
+        tasks=tuple(str(t) for t in parse_models(task)),
+        data=data,
+        contexts=parse_contexts(contexts) if contexts else (),
+        train_bytes=train_bytes,
+        train_context=train_context,
+        seeds=seeds,
+        device=device,
+        threads=threads,
+        learning_rate=learning_rate,
+        documents=documents,
+    )
+
+
+def _smoke(request: RunSpec) -> RunSpec:
+    from dataclasses import replace
+
+    return replace(
+        request, smoke=True, train_bytes=min(request.train_bytes, 65_536), documents=min(request.documents, 3)
+    )
+
+
+def _run(
+    request: RunSpec, root: Path, run_id: str | None, resume: bool, timeout_s: float, dry_run: bool, json_: bool
+) -> None:
+    from bdh_bench.runner.plan import cell_json, make_plan
+    from bdh_bench.runner.run import execute, exit_code, prepare, tally
+
+    plan = make_plan(request)
+    if dry_run:
+        cells = [cell_json(cell) for cell in plan.cells]
+        if json_:
+            _print_json("run", "ok", {"cells": cells, "contexts": plan.contexts})
+        else:
+            for cell in cells:
+                where = f" context {cell['context']:,}" if cell["context"] is not None else ""
+                typer.echo(f"{cell['key'][:12]}  {cell['model']}  {cell['task']}  seed {cell['seed']}{where}")
+        return
+    folder = prepare(plan, root, run_id, resume)
+    _say(f"run {folder.name}: {len(plan.cells)} cells" + (f" · {', '.join(plan.labels)}" if plan.labels else ""))
+    with _progress(len(plan.cells)) as report:
+        try:
+            done = execute(plan, folder, report, timeout_s)
+        except KeyboardInterrupt:
+            again = f"bdh-bench run --resume --run-id {shlex.quote(folder.name)} --runs {shlex.quote(str(root))}"
+            again += plan.manifest("", "", {})["command"].removeprefix("bdh-bench run")
+            _say(f"stopped; nothing is lost. Continue with: {again}")
+            raise
+    counts, code = tally(done), exit_code(done)
+    errors = [
+        {"code": c.status, "message": c.reason, "hint": "", "cell": c.key} for c in done.cells if c.kind == "failed"
+    ]
+    if json_:
+        status = "ok" if code == 0 else ("failed" if code == 5 else "partial")
+        _print_json("run", status, {"run": folder.name, "path": str(folder), "cells": counts}, errors)
+    else:
+        from bdh_bench.results.terminal import show
+
+        show(done)
+        for error in errors:
+            _say(f"failed: {error['message']} (log: {folder}/cells/{error['cell'][:16]})")
+        _say(
+            f"{counts['ok']} measured, {counts['skipped']} skipped, {counts['failed']} failed · {folder} · "
+            f"read it with: bdh-bench report {shlex.quote(folder.name)} --runs {shlex.quote(str(root))}"
+        )
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    run: RunName = None,
+    runs: Runs = Path("runs"),
+    output: Annotated[Path | None, typer.Option("--output", help="The HTML file; beside the run without it.")] = None,
+    json_: Json = False,
+) -> None:
+    """Write one HTML file that opens from disk, with report.md and results.csv beside it."""
+    from bdh_bench.results.report.write import write_report
+
+    stored = _open(runs, run)
+    written = write_report(stored, output or stored.path / "report.html")
+    if json_:
+        _print_json("report", "ok", {name: str(path) for name, path in written.items()})
+    else:
+        typer.echo(str(written["html"]))
+        _say(f"open it in a browser: {Path(written['html']).resolve().as_uri()}")
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="NAME[@SIZE][:key=value]…")],
+    data: Data = "stdlib",
+    train_bytes: TrainBytes = _PLAIN_BYTES,
+    train_context: TrainContext = _PLAIN_CONTEXT,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and of the order of bytes.")] = 0,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    learning_rate: Rate = 0.0,
+    json_: Json = False,
+) -> None:
+    """Train one model, or find its checkpoint; print where the weights are and what they score on validation text."""
+    request = _request(
+        model, "long_ppl", data, "", train_bytes, train_context, _seeds(None, seed), device, threads, learning_rate, 10
+    )
+    if len(request.models) != 1:
+        raise SpecError(f"got {len(request.models)} models · expected one")
+    from bdh_bench.runner.training import train_model
+    from bdh_bench.types import Cell
+
+    cell = Cell("", request.models[0], "train", seed)
+    with _progress(1) as report_:
+        done = train_model(
+            request, lambda phase, share, facts: report_(cell, {"phase": phase, "fraction": share, **facts})
+        )
+    if json_:
+        _print_json("train", "ok", done)
+    else:
+        how = "found" if done["reused"] else f"trained in {done['seconds']:.0f} s"
+        typer.echo(done["weights"])
+        _say(
+            f"{done['model']}: {how}, {done['parameters']:,} parameters, {done['bytes']:,} bytes at rate "
+            f"{done['learning_rate']:g}, {done['validation_bits_per_byte']} bits per byte on validation text"
+        )
+
+
+@app.command(name="list")
+def list_(
+    what: Annotated[str, typer.Argument(help="models, tasks or runs.")],
+    runs: Runs = Path("runs"),
+    details: Annotated[
+        bool, typer.Option("--details", help="Parameters, operations, state bytes, kernels (loads torch).")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """What is registered, or what has been run."""
+    if what not in ("models", "tasks", "runs"):
+        raise UnknownNameError("list", what, ("models", "tasks", "runs"))
+    rows = _run_rows(runs) if what == "runs" else _entry_rows(what, details)
+    if json_:
+        _print_json("list", "ok", {what: rows})
+        return
+    for row in rows:
+        typer.echo("  ".join(f"{value}" for value in row.values() if value not in ("", None)))
+    if not rows:
+        _say(f"no {what} here")
+
+
+def _entry_rows(kind: str, details: bool) -> list[dict[str, Any]]:
+    from bdh_bench import registry
+
+    rows: list[dict[str, Any]] = []
+    for entry in registry.list_models() if kind == "models" else registry.list_tasks():
+        row: dict[str, Any] = {"name": entry.name, "origin": entry.origin, "summary": entry.problem or entry.summary}
+        if kind == "models":
+            row["position_limit"] = entry.defaults.get("position_limit", "unknown")
+            row["words"] = ", ".join(entry.defaults.get("words", ()))
+            if details and not entry.problem:
+                from bdh_bench.loading import describe
+
+                row |= describe(entry.name)
+        rows.append(row)
+    return rows
+
+
+def _run_rows(root: Path) -> list[dict[str, Any]]:
+    from bdh_bench.results.store import list_runs, open_run
+    from bdh_bench.runner.run import tally
+
+    rows: list[dict[str, Any]] = []
+    for folder in list_runs(root):
+        try:
+            run = open_run(folder)
+        except BenchError as error:
+            rows.append({"run": folder.name, "status": "unreadable", "reason": str(error)})
+            continue
+        rows.append(
+            {
+                "run": run.id,
+                "created": run.manifest.get("created", ""),
+                "status": "finished" if run.finished else "unfinished",
+                "cells": tally(run),
+                "command": run.manifest.get("command", ""),
+            }
+        )
+    return rows
+
+
+@app.command()
+def show(
+    run: RunName = None,
+    cell: Annotated[str | None, typer.Argument(metavar="[CELL]", help="First characters of a cell's key.")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """The answer and the tables of a run in the terminal, or all that is known of one cell."""
+    stored = _open(runs, run)
+    if cell is not None:
+        from dataclasses import asdict
+
+        found = [c for c in stored.cells if c.key.startswith(cell)]
+        if len(found) != 1:
+            raise UnknownNameError("cell", cell, [c.key[:12] for c in stored.cells])
+        typer.echo(json.dumps(asdict(found[0]), indent=1, sort_keys=True, default=str))
+    elif json_:
+        from bdh_bench.results.export import points_as_json
+
+        _print_json(
+            "show", "ok", {"run": stored.id, "points": points_as_json(stored), "problems": list(stored.problems)}
+        )
+    else:
+        from bdh_bench.results.terminal import show as show_run
+
+        show_run(stored)
+
+
+@app.command()
+def export(
+    run: RunName = None,
+    format_: Annotated[str, typer.Option("--format", help="json, jsonl, csv, md or latex.")] = "json",
+    raw: Annotated[bool, typer.Option("--raw", help="Every measurement instead of one row per point.")] = False,
+    runs: Runs = Path("runs"),
+    output: Annotated[Path | None, typer.Option("--output", help="A file instead of stdout.")] = None,
+    json_: Json = False,
+) -> None:
+    """Every point of a run, for other programs."""
+    from bdh_bench.results.export import export as export_text
+
+    stored = _open(runs, run)
+    text = export_text(stored, format_, raw)
+    if output is not None:
+        from bdh_bench.results.store import write_atomically
+
+        write_atomically(output, text)
+    if json_:
+        rows = json.loads(export_text(stored, "json", raw))
+        _print_json("export", "ok", {"run": stored.id, "rows": rows, "output": str(output) if output else None})
+    elif output is None:
+        typer.echo(text, nl=not text.endswith("\n"))
+
+
+def _open(root: Path, name: str | None) -> Run:
+    from bdh_bench.results.store import find_run, open_run
+
+    stored = open_run(find_run(root, name))
+    for problem in stored.problems:
+        _say(f"warning: {problem}")
+    return stored
+
+
+def _progress(total: int) -> Any:
+    from bdh_bench.progress import Progress
+
+    return Progress(total)
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def _print_json(verb: str, status: str, data: Any, errors: list[dict[str, Any]] | None = None) -> None:
+    envelope = {"schema": f"bdh-bench/{verb}/1", "status": status, "data": data, "errors": errors or []}
+    typer.echo(json.dumps(envelope, ensure_ascii=False, allow_nan=False))
+
+
+def main() -> None:
+    """Entry point: every way to fail ends in one message and a documented exit code."""
+    arguments = sys.argv[1:]
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except BenchError as error:
+        code = _fail(arguments, error.exit_code, type(error).__name__, error.message, error.hint)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(arguments, 130, "Interrupted", "stopped by the user", "")
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except Exception as error:
+        code = _unexpected(arguments, error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(arguments: list[str], error: Exception) -> int:
+    """A usage error found by the parser, or an error of our own."""
+    shown = getattr(error, "format_message", None)
+    if callable(shown):
+        return _fail(arguments, 2, "UsageError", str(shown()), "see --help")
+    if os.environ.get("BDH_BENCH_DEBUG"):
+        raise error
+    hint = "this is a defect; BDH_BENCH_DEBUG=1 shows where it happened"
+    return _fail(arguments, 1, type(error).__name__, str(error), hint)
+
+
+def _fail(arguments: list[str], code: int, kind: str, message: str, hint: str) -> int:
+    if "--json" in arguments:
+        verb = next((a for a in arguments if not a.startswith("-")), "bdh-bench")
+        _print_json(verb, "failed", None, [{"code": kind, "message": message, "hint": hint, "cell": None}])
+    else:
+        _say(f"error: {message}" + (f" · {hint}" if hint else ""))
+    return code
+
+
+if __name__ == "__main__":
+    main()

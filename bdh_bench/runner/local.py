@@ -1,0 +1,174 @@
+"""Run cells on this machine, one after the other, each in a fresh process; whatever happens to it becomes a row.
+
+The parent blocks on the worker's pipe and never spins: it takes no time from what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+from bdh_bench.errors import StoreError
+from bdh_bench.measure.clock import now_s
+from bdh_bench.results.store import EventWriter, attempt_folder, open_run
+from bdh_bench.runner.leases import lease
+from bdh_bench.spec import RunSpec
+from bdh_bench.types import Cell
+
+_LOG_TAIL = 4000
+_GRACE_S = 10.0
+
+Report = Callable[[Cell, dict[str, Any]], None]
+
+
+def run_cells(
+    folder: Path,
+    spec: RunSpec,
+    cells: Iterable[tuple[Cell, tuple[int, ...]]],
+    report: Report,
+    timeout_s: float,
+) -> None:
+    """Run each (cell, contexts) that has no final row yet. KeyboardInterrupt passes through, the store consistent."""
+    for cell, contexts in cells:
+        with lease(folder, cell.key):
+            outcome = next(c for c in open_run(folder).cells if c.key == cell.key)
+            if outcome.kind == "pending":
+                _run_cell(folder, spec, cell, contexts, report, timeout_s)
+
+
+def _run_cell(
+    folder: Path, spec: RunSpec, cell: Cell, contexts: tuple[int, ...], report: Report, timeout_s: float
+) -> None:
+    attempt = _claim_attempt(folder, cell.key)
+    files = attempt_folder(folder, cell.key, attempt)
+    request = {
+        "run_folder": str(folder.resolve()),
+        "spec": spec.as_json(),
+        "cell": asdict(cell),
+        "contexts": contexts,
+        "attempt": attempt,
+    }
+    report(cell, {"phase": "start"})
+    with (files / "log.txt").open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "bdh_bench.runner.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=_environment(spec),
+            start_new_session=True,
+        )
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        try:
+            worker.stdin.write(json.dumps(request).encode() + b"\n")
+            worker.stdin.flush()
+            timed_out = not _follow(worker.stdout, cell, report, timeout_s)
+            if timed_out:
+                _end(worker)
+        except BrokenPipeError:
+            timed_out = False
+        except KeyboardInterrupt:
+            _interrupt(worker)
+            raise
+        finally:
+            if worker.poll() is None and sys.exc_info()[0] is not None:
+                _end(worker)
+        code = worker.wait()
+        worker.stdin.close()
+        worker.stdout.close()
+    _settle(folder, cell, attempt, code, timed_out, timeout_s, files / "log.txt")
+    outcome = next(c for c in open_run(folder).cells if c.key == cell.key)
+    report(cell, {"phase": "done", "status": outcome.status, "reason": outcome.reason, "facts": dict(outcome.facts)})
+
+
+def _claim_attempt(folder: Path, key: str) -> int:
+    """The first attempt number whose folder could be created exclusively."""
+    attempt = 1
+    while True:
+        try:
+            attempt_folder(folder, key, attempt).mkdir(parents=True)
+        except FileExistsError:
+            attempt += 1
+        except OSError as error:
+            raise StoreError(f"cannot write below {folder}: {error.strerror}", "check space and permissions") from error
+        else:
+            return attempt
+
+
+def _environment(spec: RunSpec) -> dict[str, str]:
+    """Thread counts must be known before torch is loaded."""
+    environment = dict(os.environ)
+    if spec.threads:
+        environment |= {"OMP_NUM_THREADS": str(spec.threads), "MKL_NUM_THREADS": str(spec.threads)}
+    environment["HF_HUB_OFFLINE"] = environment.get("HF_HUB_OFFLINE", "1")
+    return environment
+
+
+def _follow(pipe: IO[bytes], cell: Cell, report: Report, timeout_s: float) -> bool:
+    """Pass progress lines on until the worker closes its pipe; False where the time ran out."""
+    deadline = now_s() + timeout_s
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while True:
+            if not selector.select(max(0.0, deadline - now_s())):
+                return False
+            data = os.read(pipe.fileno(), 65536)
+            if not data:
+                return True
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                try:
+                    report(cell, dict(json.loads(line)))
+                except ValueError:  # a library printed something; it is not progress
+                    continue
+
+
+def _interrupt(worker: subprocess.Popen[bytes]) -> None:
+    """Ctrl-C: let the worker save its training, then make sure that it is gone."""
+    worker.send_signal(signal.SIGINT)
+    try:
+        worker.wait(_GRACE_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        _end(worker)
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the whole process group, then SIGKILL."""
+    for sign, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, sign)
+        try:
+            worker.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _settle(folder: Path, cell: Cell, attempt: int, code: int, timed_out: bool, timeout_s: float, log: Path) -> None:
+    """Write the row of a worker that died without one."""
+    outcome = next(c for c in open_run(folder).cells if c.key == cell.key)
+    if outcome.attempt == attempt and outcome.kind != "pending":
+        return
+    if timed_out:
+        status, reason = "timeout", f"no result after {timeout_s:g} s"
+    elif code == -signal.SIGKILL:
+        status, reason = "oom_host", "probable: the system killed the process (SIGKILL)"
+    elif code < 0:
+        status, reason = "crash", f"the process ended with {signal.Signals(-code).name}"
+    else:
+        status, reason = "error", f"the process ended with exit status {code} and no result"
+    tail = log.read_bytes()[-_LOG_TAIL:].decode("utf-8", "replace")
+    writer = EventWriter(folder, f"{cell.key[:16]}-{attempt}-parent")
+    writer.write("failed", cell=cell.key, attempt=attempt, status=status, reason=reason, log=tail)
+    writer.close()

@@ -1,0 +1,258 @@
+"""Which cells does a request stand for, and what text do they read? Decided before anything heavy is loaded.
+
+A cell is model × task × seed, and × context where the task says so. Its key covers everything that could change its numbers: the
+request, the text, and the source of the model, the task and whatever they import.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdh_bench import registry
+from bdh_bench.data.corpus import Corpus, Document, open_corpus
+from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
+from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
+from bdh_bench.results.store import canonical
+from bdh_bench.sources import source_digest
+from bdh_bench.spec import ModelSpec, RunSpec, parse_model
+from bdh_bench.types import Cell
+
+_FULL_DOCUMENTS = 20  # fewer test documents give a smoke result
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know before it starts. ``contexts`` by task name; ``references`` for quality figures."""
+
+    spec: RunSpec
+    cells: tuple[Cell, ...]
+    contexts: dict[str, tuple[int, ...]]
+    corpus: dict[str, Any] | None
+    references: tuple[dict[str, Any], ...]
+    labels: tuple[str, ...]
+
+    def manifest(self, run_id: str, created: str, environment: dict[str, Any]) -> dict[str, Any]:
+        """The content of run.json."""
+        return {
+            "run": run_id,
+            "created": created,
+            "command": command_line(self.spec),
+            "spec": self.spec.as_json(),
+            "spec_digest": self.spec.digest(),
+            "labels": list(self.labels),
+            "contexts": {name: list(values) for name, values in self.contexts.items()},
+            "environment": environment,
+            "corpus": self.corpus,
+            "references": list(self.references),
+            "cells": [cell_json(cell) for cell in self.cells],
+        }
+
+
+def cell_json(cell: Cell) -> dict[str, Any]:
+    """A planned cell as it stands in run.json."""
+    model, task = parse_model(cell.model), parse_model(cell.task)
+    entry = registry.find("models", model.family)
+    sized = "" if model.family in ("toy", "hf") or entry.defaults.get("words") else (model.size or "quick")
+    return {
+        "key": cell.key,
+        "model": cell.model,
+        "family": model.family,
+        "size": sized,
+        "task": cell.task,
+        "seed": cell.seed,
+        "context": cell.context,
+        "metric": registry.find("tasks", task.family).defaults.get("metric", ""),
+    }
+
+
+def command_line(spec: RunSpec) -> str:
+    """A command that asks for the same run."""
+    parts = ["bdh-bench", "run", "--models", ",".join(spec.models), "--task", ",".join(spec.tasks)]
+    plain = RunSpec((), ())
+    for flag, name in (("--data", "data"), ("--train-bytes", "train_bytes"), ("--train-context", "train_context")):
+        if getattr(spec, name) != getattr(plain, name):
+            parts += [flag, str(getattr(spec, name))]
+    if spec.contexts:
+        parts += ["--contexts", ",".join(map(str, spec.contexts))]
+    if spec.seeds == tuple(range(len(spec.seeds))):
+        parts += ["--seeds", str(len(spec.seeds))] if len(spec.seeds) > 1 else []
+    else:
+        parts += ["--seed", str(spec.seeds[0])]
+    for flag, name in (("--device", "device"), ("--threads", "threads"), ("--documents", "documents")):
+        if getattr(spec, name) != getattr(plain, name):
+            parts += [flag, str(getattr(spec, name))]
+    if spec.learning_rate:
+        parts += ["--learning-rate", f"{spec.learning_rate:g}"]
+    return shlex.join(parts + (["--smoke"] if spec.smoke else []))
+
+
+def make_plan(spec: RunSpec) -> Plan:
+    """Check the whole request and lay out its cells. Raises SpecError (or a kind of it) for whatever cannot be done."""
+    models = [parse_model(name) for name in spec.models]
+    tasks = [parse_model(name) for name in spec.tasks]
+    for model in models:
+        registry.check(model)
+        _check_weights(model)
+    for task in tasks:
+        _check_task(task)
+    _check_device(spec.device)
+    reading = [t for t in tasks if _facts(t).get("reads")]
+    corpus = open_corpus(spec.data) if reading else None
+    contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
+    labels = list(corpus.labels) if corpus else []
+    references: tuple[dict[str, Any], ...] = ()
+    manifest = corpus.manifest() if corpus else None
+    if corpus is not None:
+        references, few = _references(spec, corpus, contexts[str(reading[0])], _config(reading[0]))
+        labels += ["smoke"] if (spec.smoke or few) and "smoke" not in labels else []
+    cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else ""))
+    return Plan(spec, cells, contexts, manifest, references, tuple(labels))
+
+
+def _facts(task: ModelSpec) -> dict[str, Any]:
+    return dict(registry.find("tasks", task.family).defaults)
+
+
+def _check_task(task: ModelSpec) -> None:
+    entry = registry.find("tasks", task.family)
+    if task.size or task.name:
+        raise SpecError(f"got task {str(task)!r} · expected NAME[:key=value]")
+    for key, text in task.options:
+        if key not in entry.options:
+            raise UnknownNameError(f"option of task {task.family}", key, entry.options)
+        if not isinstance(_literal(text), int) or int(text) < 1:
+            raise SpecError(f"got {key}={text} for task {task.family} · expected a whole number of at least 1")
+
+
+def _check_weights(model: ModelSpec) -> None:
+    path = model.option("weights")
+    if path and not Path(path).expanduser().is_file():
+        raise SpecError(f"no weights at {path} · expected a .safetensors or .pt file", "check weights=PATH")
+
+
+def _check_device(device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise UnknownNameError("device", device, ("cpu", "cuda"))
+    if device == "cuda" and not Path("/dev/nvidia0").exists():
+        raise SpecError("got --device cuda · this machine shows no NVIDIA device", "use --device cpu")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _config(task: ModelSpec) -> dict[str, Any]:
+    options = dict(registry.find("tasks", task.family).options)
+    return {**options, **{key: _literal(text) for key, text in task.options}}
+
+
+def _contexts(task: ModelSpec, spec: RunSpec, corpus: Corpus | None) -> tuple[int, ...]:
+    """The contexts of one task: those asked for, else the task's own; a reading task drops those that no text can fill."""
+    config = _config(task)
+    wanted = spec.contexts or _default_contexts(task, config, spec.train_context)
+    if corpus is None or not _facts(task).get("reads"):
+        return wanted
+    block = int(config.get("block", 0))
+    test = corpus.part("test")
+    if spec.contexts:  # asked for: none is dropped silently
+        longest = max(len(d.content) for d in test)
+        if needed_bytes(max(wanted), block) > longest:
+            raise CorpusError(
+                f"a context of {max(wanted):,} needs a document of {needed_bytes(max(wanted), block):,} bytes · the longest test "
+                f"document has {longest:,}",
+                "use a shorter --contexts or longer text",
+            )
+        if block > min(wanted):
+            raise SpecError(
+                f"got a context of {min(wanted)} · expected at least the {block} bytes of a target block",
+                "use a longer context or a shorter block, for example --task long_ppl:block=64",
+            )
+        return wanted
+    return choose_longest(test, wanted, block, min(spec.documents, _FULL_DOCUMENTS))
+
+
+def _default_contexts(task: ModelSpec, config: dict[str, Any], train_context: int) -> tuple[int, ...]:
+    """The task's own multiples of the training context; a context shorter than a target block is left out."""
+    factors = _facts(task).get("context_factors", (1,))
+    contexts = sorted({int(factor * train_context) for factor in factors})
+    return tuple(c for c in contexts if c >= int(config.get("block", 1))) or (int(config["block"]),)
+
+
+def _references(
+    spec: RunSpec, corpus: Corpus, contexts: Sequence[int], config: dict[str, Any]
+) -> tuple[tuple[dict[str, Any], ...], bool]:
+    """The lines of models without learning, and whether there are too few documents to rank anything."""
+    from itertools import islice
+
+    import numpy as np
+
+    from bdh_bench.data.pieces import TrainingText
+    from bdh_bench.data.reference import reference_lines
+
+    targets = choose_targets(corpus.part("test"), max(contexts), config["block"], config["blocks"], spec.documents)
+    text = TrainingText(corpus.part("train"), spec.train_context)
+    crops = max(1, spec.train_bytes // spec.train_context)
+    train = np.concatenate(list(islice(text.pieces(spec.seeds[0]), crops)))
+    return tuple(reference_lines(train, targets)), len(targets.documents) < _FULL_DOCUMENTS
+
+
+def test_documents(corpus: Corpus, contexts: Sequence[int], config: dict[str, Any], most: int) -> tuple[Document, ...]:
+    """The held-out documents that the evaluation opens."""
+    return choose_targets(corpus.part("test"), max(contexts), config["block"], config["blocks"], most).documents
+
+
+def _cells(
+    spec: RunSpec,
+    models: Sequence[ModelSpec],
+    tasks: Sequence[ModelSpec],
+    contexts: dict[str, tuple[int, ...]],
+    data_digest: str,
+) -> Iterator[Cell]:
+    for task in tasks:
+        facts = _facts(task)
+        own = contexts[str(task)] if "context" in facts.get("cell_axes", ()) else (None,)
+        for seed in spec.seeds:
+            for model in models:
+                for context in own:
+                    yield _cell(spec, model, task, seed, context, contexts[str(task)], facts, data_digest)
+
+
+def _cell(
+    spec: RunSpec,
+    model: ModelSpec,
+    task: ModelSpec,
+    seed: int,
+    context: int | None,
+    contexts: tuple[int, ...],
+    facts: dict[str, Any],
+    data_digest: str,
+) -> Cell:
+    inputs: dict[str, Any] = {
+        "model": str(model),
+        "task": str(task),
+        "seed": seed,
+        "context": context,
+        "device": spec.device,
+        "threads": spec.threads,
+        "train_context": spec.train_context,
+        "code": source_digest(
+            registry.find("models", model.family).module,
+            registry.find("tasks", task.family).module,
+            "bdh_bench.runner.worker",
+        ),
+    }
+    if facts.get("reads"):
+        inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
+    if facts.get("trains"):
+        inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate}
+    key = hashlib.sha256(canonical(inputs).encode()).hexdigest()
+    return Cell(key, str(model), str(task), seed, context)

@@ -1,0 +1,73 @@
+"""From a request to a finished run folder: find or create the run, run what is missing, count what came out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from bdh_bench.errors import SpecError, StoreError
+from bdh_bench.measure.host import environment
+from bdh_bench.results.store import Run, check_run_id, create_run, list_runs, new_run_id, open_run
+from bdh_bench.runner.local import Report, run_cells
+from bdh_bench.runner.plan import Plan
+
+
+def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
+    """The run folder for this plan: continued where the contract says so, else created. Raises SpecError, StoreError."""
+    if run_id is None:
+        for folder in reversed(list_runs(root)):
+            if _continues(folder, plan) and not open_run(folder).finished:
+                return folder
+        run_id = new_run_id()
+    folder = root / check_run_id(run_id)
+    if (folder / "run.json").is_file():
+        if not resume:
+            raise SpecError(
+                f"run {run_id!r} exists in {root}", "add --resume to continue it, or choose another --run-id"
+            )
+        run = open_run(folder)
+        if run.manifest.get("spec_digest") != plan.spec.digest():
+            raise SpecError(
+                f"run {run_id!r} was started as: {run.manifest.get('command')} · got another request",
+                "choose another --run-id",
+            )
+        if not _continues(folder, plan):
+            raise SpecError(f"the code or the text has changed since run {run_id!r} was started", "start a new run")
+        return folder
+    created = datetime.now(UTC).isoformat(timespec="milliseconds")
+    create_run(folder, plan.manifest(run_id, created, environment()))
+    return folder
+
+
+def _continues(folder: Path, plan: Plan) -> bool:
+    try:
+        run = open_run(folder)
+    except StoreError:
+        return False
+    same = run.manifest.get("spec_digest") == plan.spec.digest()
+    return same and {c.key for c in run.cells} == {c.key for c in plan.cells}
+
+
+def execute(plan: Plan, folder: Path, report: Report, timeout_s: float) -> Run:
+    """Run every cell without a final row and read the run back."""
+    cells = [(cell, plan.contexts[cell.task]) for cell in plan.cells]
+    run_cells(folder, plan.spec, cells, report, timeout_s)
+    return open_run(folder)
+
+
+def tally(run: Run) -> dict[str, int]:
+    """ok, failed and skipped cells, as the command line's contract defines them."""
+    kinds = Counter(cell.kind for cell in run.cells)
+    return {"ok": kinds["ok"], "failed": kinds["failed"], "skipped": kinds["skipped"]}
+
+
+def exit_code(run: Run) -> int:
+    """0 all cells have a result; 6 a gate failed; 3 some failed; 5 nothing was measured."""
+    counts: dict[str, Any] = tally(run)
+    if counts["failed"] and not counts["ok"] and not counts["skipped"]:
+        return 5
+    if any(cell.status == "gate_failed" for cell in run.cells):
+        return 6
+    return 3 if counts["failed"] else 0

@@ -1,0 +1,194 @@
+"""One cell in a process of its own: build the model, train it if the task wants that, run the task, write what came out.
+
+The request comes as one JSON line on stdin; progress goes out as JSON lines on stdout; the result goes into this worker's own shard
+of the store, as one event. When the parent's end of stdin closes, the worker ends: no orphan goes on measuring.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bdh_bench import registry
+from bdh_bench.data.corpus import Corpus, open_corpus
+from bdh_bench.errors import BenchError, LawError, PositionLimitError
+from bdh_bench.measure.clock import now_s
+from bdh_bench.results.store import EventWriter, attempt_folder, measurement_body
+from bdh_bench.spec import ModelSpec, RunSpec, parse_model
+from bdh_bench.types import MEASURED_STATUSES, Arrays, Cell, Measurement, Scalar, TaskContext
+
+
+def main() -> int:
+    """Read the request, run the cell, store the result. Exit status 0 once a result is stored, whatever it says."""
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    folder = Path(request["run_folder"])
+    cell, spec = Cell(**request["cell"]), RunSpec.from_mapping(request["spec"])
+    attempt = int(request["attempt"])
+    writer = EventWriter(folder, f"{cell.key[:16]}-{attempt}")
+    writer.write("started", cell=cell.key, attempt=attempt)
+    files = attempt_folder(folder, cell.key, attempt)
+    outcome = _outcome(cell, spec, tuple(request["contexts"]), files)
+    writer.write("result", cell=cell.key, attempt=attempt, **outcome)
+    writer.close()
+    return 0
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
+def _say(phase: str, fraction: float, facts: Mapping[str, Scalar]) -> None:
+    clean = {k: v for k, v in facts.items() if not isinstance(v, float) or math.isfinite(v)}
+    print(json.dumps({"phase": phase, "fraction": fraction, **clean}), file=sys.__stdout__, flush=True)
+
+
+def _outcome(cell: Cell, spec: RunSpec, contexts: tuple[int, ...], files: Path) -> dict[str, Any]:
+    """Status, reason, facts and measurements of the cell; every way it can end becomes a row with a reason."""
+    import torch
+
+    facts: dict[str, Any] = {}
+    measurements: list[Measurement] = []
+    status, reason = "ok", ""
+    started = now_s()
+    try:
+        for item in _results(cell, spec, contexts, facts):
+            if isinstance(item, Arrays):
+                _keep(item, files)
+            else:
+                measurements.append(_finite(item))
+    except KeyboardInterrupt:
+        status, reason, measurements = "interrupted", "stopped by the user", []
+    except PositionLimitError as error:
+        status, reason = "unsupported", str(error)
+    except LawError as error:
+        status, reason = "gate_failed", str(error)
+    except torch.OutOfMemoryError as error:
+        status, reason = "oom_cuda", _first_line(error)
+    except MemoryError as error:
+        status, reason = "oom_host", f"allocator: {_first_line(error)}"
+    except BenchError as error:
+        status, reason = "error", str(error)
+    except Exception as error:  # whatever a model or task raises is a row, and its traceback is in the log
+        traceback.print_exc()
+        out_of_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+        status = "oom_host" if out_of_memory else "error"
+        reason = ("allocator: " if out_of_memory else "") + f"{type(error).__name__}: {_first_line(error)}"
+    if status == "ok":
+        status, reason = _overall(measurements)
+    facts["seconds"] = round(now_s() - started, 3)
+    rows = [measurement_body(m) for m in measurements]
+    return {"status": status, "reason": reason, "facts": facts, "measurements": rows}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:500]
+
+
+def _finite(m: Measurement) -> Measurement:
+    """A value that is no number is a failure with a reason, never a stored value."""
+    if m.value is not None and not math.isfinite(m.value):
+        return replace(m, value=None, status="nan", reason=f"the measured value was {m.value}")
+    return m
+
+
+def _overall(measurements: list[Measurement]) -> tuple[str, str]:
+    if not measurements:
+        return "error", "the task yielded no measurement"
+    for wanted in ("nan", "gate_failed"):
+        for m in measurements:
+            if m.status == wanted:
+                return wanted, m.reason
+    if any(m.status in MEASURED_STATUSES for m in measurements):
+        return "ok", ""
+    return measurements[0].status, measurements[0].reason
+
+
+def _keep(item: Arrays, files: Path) -> None:
+    import numpy as np
+
+    partial = files / f".{item.name}.npz.partial"
+    with partial.open("xb") as file:
+        arrays: dict[str, Any] = dict(item.arrays)
+        np.savez_compressed(file, **arrays)
+    partial.replace(files / f"{item.name}.npz")
+
+
+def _results(
+    cell: Cell, spec: RunSpec, contexts: tuple[int, ...], facts: dict[str, Any]
+) -> Iterator[Measurement | Arrays]:
+    """Load, train, measure; ``facts`` is filled on the way so that a failed cell keeps what was known."""
+    import torch
+
+    from bdh_bench.loading import load_model
+    from bdh_bench.runner.training import train_or_load
+
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    model_spec, task_spec = parse_model(cell.model), parse_model(cell.task)
+    task = registry.load("tasks", task_spec.family)
+    config = task.Config(**{key: int(value) for key, value in task_spec.options})
+    about = registry.find("tasks", task_spec.family).defaults
+    _say("load", 0.0, {})
+    model = load_model(model_spec, device=spec.device, seed=cell.seed, train_context=spec.train_context)
+    facts |= _model_facts(model, model_spec)
+    facts["threads"] = torch.get_num_threads()
+    corpus = open_corpus(spec.data) if about.get("reads") else None
+    if (
+        about.get("trains")
+        and corpus is not None
+        and getattr(model, "trainable", True)
+        and not model_spec.option("weights")
+    ):
+        facts["training"] = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
+        facts["weights"] = "trained"
+        facts["checkpoint"] = facts["training"]["sha256"]
+    context = TaskContext(
+        seed=cell.seed,
+        context=cell.context,
+        contexts=contexts,
+        train_context=spec.train_context,
+        documents=_documents(corpus, contexts, asdict(config), spec),
+        weights=str(facts["weights"]),
+        smoke=spec.smoke,
+        progress=_say,
+    )
+    evaluated = now_s()
+    yield from task.run(model, config, context)
+    facts["evaluation_seconds"] = round(now_s() - evaluated, 3)
+
+
+def _documents(
+    corpus: Corpus | None, contexts: tuple[int, ...], config: dict[str, Any], spec: RunSpec
+) -> tuple[Any, ...]:
+    from bdh_bench.runner.plan import test_documents
+
+    return () if corpus is None else test_documents(corpus, contexts, config, spec.documents)
+
+
+def _model_facts(model: Any, spec: ModelSpec) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    parameter = next(iter(model.parameters()), None)
+    known = spec.option("weights")
+    return {
+        "parameters": model.parameter_count(),
+        "config": asdict(config) if config is not None and hasattr(config, "__dataclass_fields__") else {},
+        "weights": "loaded" if known else "random",
+        "kernels": model.kernels() if hasattr(model, "kernels") else "",
+        "mode": str(getattr(config, "mode", "")),
+        "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else "",
+        "max_positions": model.max_positions,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

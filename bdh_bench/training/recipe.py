@@ -1,0 +1,50 @@
+"""What determines a trained checkpoint? The recipe, shared by every architecture, and the key it gives.
+
+Defaults: AdamW (0.9, 0.95), weight decay 0.1, 5 % warm-up, cosine down to 10 %, clipping at norm 1, no dropout, a byte budget.
+The learning rate is the one thing that differs by family; see ``specs/`` for the sweep behind the defaults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """``context`` is T, the bytes of one piece; ``batch_bytes`` the target bytes of one step; ``precision`` of the products."""
+
+    bytes: int
+    context: int
+    learning_rate: float
+    seed: int
+    batch_bytes: int = 4096
+    warm_up: float = 0.05
+    final_share: float = 0.1
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    precision: str = "float32"
+
+    def batch(self, piece: int) -> int:
+        """Pieces per step for pieces of this length."""
+        return max(1, round(self.batch_bytes / piece))
+
+    def steps(self, piece: int) -> int:
+        """Steps that use up the byte budget."""
+        return max(1, round(self.bytes / (self.batch(piece) * piece)))
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate at ``step`` (0-based): linear warm-up, then cosine to ``final_share``."""
+        rising = max(1, math.ceil(self.warm_up * steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising) / max(1, steps - rising)
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def checkpoint_key(recipe: Recipe, model: str, config: str, data_digest: str, code_digest: str) -> str:
+    """sha256 over everything that determines the trained weights."""
+    inputs = [asdict(recipe), model, config, data_digest, code_digest]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
