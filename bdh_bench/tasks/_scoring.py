@@ -1,12 +1,14 @@
-"""What is the negative log-likelihood of each byte of a text, read through a live stream?
+"""How many bits does a model need for each byte of a text, read through a live stream?
 
-One code path scores every architecture: tokens go in through ``extend`` in pieces, nothing is padded, log-softmax is float32.
+One code path scores every architecture: tokens go in through ``extend`` in pieces and nothing is padded. The log-softmax is taken in
+float64, so that a uniform guess is 8 bits exactly; bits are kept as float32.
 
 Legend: B streams, S scored tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,15 +20,16 @@ from torch import Tensor
 PIECE = 512  # tokens per extend: bounds what is held, changes no score
 
 
-def nll_nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """−ln p of targets (B, S) under logits (B, S, V), float32 (B, S)."""
-    picked: Tensor = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1))
-    return -picked.squeeze(-1)
+def bits(logits: Tensor, targets: Tensor) -> NDArray[np.float32]:
+    """−log2 p of targets (B, S) under logits (B, S, V), float32 (B, S)."""
+    picked = logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    result: NDArray[np.float32] = (picked / -math.log(2)).float().cpu().numpy()
+    return result
 
 
 @torch.inference_mode()
 def score_after(model: Any, contexts: NDArray[np.uint8], targets: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """NLL in nats (B, S) of targets (B, S) after the start symbol and contexts (B, c), from an empty state.
+    """Bits (B, S) of targets (B, S) after the start symbol and contexts (B, c), from an empty state.
 
     The last context byte is read together with the targets, whose own last byte is never an input.
     """
@@ -39,13 +42,12 @@ def score_after(model: Any, contexts: NDArray[np.uint8], targets: NDArray[np.uin
     for piece in tokens[:, :split].split(PIECE, 1):
         session.extend(piece, keep="last")
     logits = session.extend(tokens[:, split:], keep="all")
-    result: NDArray[np.float32] = nll_nats(logits, torch.from_numpy(targets).long().to(device)).cpu().numpy()
-    return result
+    return bits(logits, torch.from_numpy(targets).long().to(device))
 
 
 @torch.inference_mode()
 def score_stream(model: Any, content: bytes) -> Iterator[NDArray[np.float32]]:
-    """NLL in nats of every byte of a document, in order, from an empty state; arrays of at most ``PIECE`` bytes.
+    """Bits of every byte of a document, in order, from an empty state; arrays of at most ``PIECE`` bytes.
 
     What is held depends on the model's state alone, not on the length of the document.
     """
@@ -57,7 +59,7 @@ def score_stream(model: Any, content: bytes) -> Iterator[NDArray[np.float32]]:
         read = before + piece[:-1]
         before = piece[-1:]
         logits = session.extend(_tokens(read, device), keep="all")
-        yield nll_nats(logits, _tokens(piece, device))[0].cpu().numpy()
+        yield bits(logits, _tokens(piece, device))[0]
 
 
 def _tokens(data: bytes, device: torch.device) -> Tensor:

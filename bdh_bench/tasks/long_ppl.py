@@ -10,7 +10,6 @@ Caveats: the k-th byte of a block sees c + k bytes. Few documents (fewer than 20
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +41,7 @@ class Config:
 
 
 def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measurement | Arrays]:
-    """One measurement per document and context, and the NLL of every scored byte."""
+    """One measurement per document and context, and the bits of every scored byte."""
     targets = choose_targets(
         context.documents, max(context.contexts), config.block, config.blocks, most=len(context.documents)
     )
@@ -66,10 +65,10 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
                 reason=reason,
             )
             continue
-        nll = _score(model, targets, length)
-        arrays[f"nll_nats_c{length}"] = nll
-        yield from _measurements(nll, owner, targets, config, length)
-    yield Arrays("nll", arrays)
+        bits = _score(model, targets, length)
+        arrays[f"bits_c{length}"] = bits
+        yield from _measurements(bits, owner, targets, config, length)
+    yield Arrays("bits", arrays)
 
 
 def _metric_id(config: Config, length: int) -> str:
@@ -77,7 +76,7 @@ def _metric_id(config: Config, length: int) -> str:
 
 
 def _score(model: Any, targets: Targets, length: int) -> NDArray[np.float32]:
-    """NLL in nats of every block, (blocks, S)."""
+    """Bits of every target byte, (blocks, S)."""
     texts = [
         np.frombuffer(d.content[p - length : p + targets.block], dtype=np.uint8)
         for d, starts in zip(targets.documents, targets.starts, strict=True)
@@ -91,14 +90,13 @@ def _score(model: Any, targets: Targets, length: int) -> NDArray[np.float32]:
 
 
 def _measurements(
-    nll: NDArray[np.float32], owner: NDArray[Any], targets: Targets, config: Config, length: int
+    bits: NDArray[np.float32], owner: NDArray[Any], targets: Targets, config: Config, length: int
 ) -> Iterator[Measurement]:
     for index, document in enumerate(targets.documents):
-        scored = nll[owner == index].astype(np.float64)
-        bits = float(scored.sum()) / math.log(2)
+        scored = bits[owner == index].astype(np.float64)
         yield Measurement(
             "bits_per_byte",
-            bits / scored.size,
+            float(scored.mean()),
             length,
             axes={"target_hash": targets.hash},
             sample=document.name,
