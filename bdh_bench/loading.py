@@ -7,7 +7,7 @@ in a user's own script.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,14 +62,14 @@ def resolve(spec: ModelSpec, module: ModuleType, tensors: dict[str, Tensor] | No
                 f"the weights of {str(spec)!r} are not those of a {spec.family}: {error}",
                 "check that the file belongs to this family",
             ) from error
+    if pinned.get("max_positions", getattr(module.Config, "max_positions", None)) == 0:
+        pinned["max_positions"] = train_context + 128  # 0 means: the training context and one target block beyond it
     if hasattr(module, "scaled"):
         config = sizing.solve(module, spec.size or DEFAULT_SIZE, pinned, explicit=bool(spec.size))
     elif spec.size:
         raise SpecError(f"{spec.family} has no sizes · got @{spec.size}", f"write {spec.family} without a size")
     else:
         config = module.Config(**pinned)
-    if getattr(config, "max_positions", None) == 0:  # 0 means: the training context and half a sweep block beyond it
-        config = replace(config, max_positions=train_context + 128)
     return config
 
 

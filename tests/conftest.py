@@ -21,7 +21,8 @@ def books(tmp_path: Path) -> Path:
     """A folder of twelve short English-like documents, the same in every run."""
     folder = tmp_path / "books"
     folder.mkdir()
-    words = "the old house stood on a hill and nobody had lived there since winter came early that year".split()
+    sentence = "the old house stood on a hill and nobody had lived there since winter came early that year"
+    words = sentence.split()
     for i in range(12):
         text = " ".join(words[(j * (i + 3) + j // 7) % len(words)] for j in range(900))
         (folder / f"book{i:02}.txt").write_text(text, encoding="utf-8")

@@ -42,7 +42,21 @@ def test_canonical_form_is_a_fixed_point(head: str, size: str, options: dict[str
 
 
 @pytest.mark.parametrize(
-    "text", ["", ",", "bdh,", "bdh,bdh", "bdh,bdh@quick", "bdh@", "bdh@2m", "bdh:x=", "bdh:x=1:x=2", 'bdh:x="1', "b dh", "bdh:copy"]
+    "text",
+    [
+        "",
+        ",",
+        "bdh,",
+        "bdh,bdh",
+        "bdh,bdh@quick",
+        "bdh@",
+        "bdh@2m",
+        "bdh:x=",
+        "bdh:x=1:x=2",
+        'bdh:x="1',
+        "b dh",
+        "bdh:copy",
+    ],
 )
 def test_wrong_names_are_refused(text: str) -> None:
     with pytest.raises(SpecError):
@@ -69,7 +83,9 @@ def test_wrong_contexts_are_refused(text: str) -> None:
 
 
 def test_a_request_survives_toml(tmp_path: Path) -> None:
-    spec = RunSpec(("bdh", 'x:a="q"'), ("long_ppl",), data="path:ü", contexts=(128, 256), seeds=(0, 1), learning_rate=1e-3)
+    spec = RunSpec(
+        ("bdh", 'x:a="q"'), ("long_ppl",), data="path:ü", contexts=(128, 256), seeds=(0, 1), learning_rate=1e-3
+    )
     (tmp_path / "s.toml").write_text(to_toml(spec), encoding="utf-8")
     assert from_toml(tmp_path / "s.toml") == spec
     assert from_toml(tmp_path / "s.toml").digest() == spec.digest()

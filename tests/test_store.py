@@ -20,7 +20,16 @@ from bdh_bench.results.store import (
 )
 from bdh_bench.types import Measurement
 
-_CELL = {"key": "a" * 64, "model": "m", "family": "m", "size": "", "task": "memory", "seed": 0, "context": 8, "metric": "state_bytes"}
+_CELL = {
+    "key": "a" * 64,
+    "model": "m",
+    "family": "m",
+    "size": "",
+    "task": "memory",
+    "seed": 0,
+    "context": 8,
+    "metric": "state_bytes",
+}
 
 
 def _run(folder: Path) -> Path:
@@ -38,9 +47,23 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     writer = EventWriter(folder, "w")
     measurement = Measurement("x_s", 1.5, 8, 2, {"mode": "a"}, "döc", 3.0, 4, "x@1", "noisy", "why")
     writer.write("started", cell=_CELL["key"], attempt=1)
-    writer.write("result", cell=_CELL["key"], attempt=1, status="ok", facts={}, measurements=[measurement_body(measurement)])
+    writer.write(
+        "result", cell=_CELL["key"], attempt=1, status="ok", facts={}, measurements=[measurement_body(measurement)]
+    )
     (record,) = open_run(folder).records
-    for name in ("metric", "value", "context", "batch_size", "axes", "sample", "weight", "repeat", "metric_id", "status", "reason"):
+    for name in (
+        "metric",
+        "value",
+        "context",
+        "batch_size",
+        "axes",
+        "sample",
+        "weight",
+        "repeat",
+        "metric_id",
+        "status",
+        "reason",
+    ):
         assert getattr(record, name) == getattr(measurement, name)
     assert open_run(folder).finished
 

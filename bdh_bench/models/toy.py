@@ -1,0 +1,186 @@
+"""Models with a known answer, to test the instruments: a uniform guesser, a perfect copyist, a sleeper, and ways to fail.
+
+    uniform       every byte equally likely: 8 bits per byte
+    copy          certain that the byte ``period`` positions earlier comes again; uniform before there is one
+    sleep         uniform, ``seconds`` per extend
+    alloc         uniform, touches ``bytes`` of transient memory per extend (default 100 MiB)
+    const_state   uniform, with a state of ``bytes`` per stream (default 1 MiB)
+    linear_kv     uniform, with a state of ``bytes_per_token`` per token
+    oom           asks for 2⁶⁰ bytes
+    hang          never returns
+    nan           logits that are not numbers
+    segfault      kills its own process
+
+Nothing here learns: ``trainable`` is False and there are no weights.
+
+Legend: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bdh_bench.errors import SpecError
+from bdh_bench.models._kv_cache import GrowingTensor
+from bdh_bench.session import Memory, Streaming, TensorMemory
+from bdh_bench.types import Keep
+
+DEFAULTS = {
+    "words": (
+        "uniform",
+        "copy",
+        "sleep",
+        "alloc",
+        "const_state",
+        "linear_kv",
+        "oom",
+        "hang",
+        "nan",
+        "segfault",
+    ),
+    "learning_rate": 0.0,
+    "position_limit": "none",
+}
+
+_BYTES = {"alloc": 104_857_600, "const_state": 1_048_576}
+_CERTAIN = 1e4  # exp(-1e4) is 0 in every float type, and unlike an infinite gap it makes no NaN
+
+
+@dataclass(frozen=True)
+class Config:
+    """``name`` is the word after ``toy:``; ``bytes`` 0 means the word's own default."""
+
+    name: str = "uniform"
+    vocab_size: int = 256
+    period: int = 64
+    seconds: float = 0.001
+    bytes: int = 0
+    bytes_per_token: int = 1024
+
+    @property
+    def size(self) -> int:
+        return self.bytes or _BYTES.get(self.name, 0)
+
+
+class Model(Streaming, nn.Module):
+    """One of the words above."""
+
+    trainable = False
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        _check(config)
+        self.config = config
+        self.vocab_size = config.vocab_size
+        # No elements: it only carries the device and dtype that the model was moved to.
+        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(B, T) → (B, T, V)."""
+        self._misbehave(tokens.device)
+        before = tokens[:, :0]
+        return self._copy(before, tokens) if self.config.name == "copy" else self._uniform(tokens)
+
+    forward = logits
+
+    def memory(self, batch_size: int) -> Memory:
+        """What the word says that it remembers."""
+        device = self.place.device
+        if self.config.name == "copy":
+            return TensorMemory({"recent": torch.empty((batch_size, 0), dtype=torch.long, device=device)})
+        if self.config.name == "const_state":  # ones, not zeros: untouched pages would not be resident
+            return TensorMemory({"state": torch.ones((batch_size, self.config.size), dtype=torch.uint8, device=device)})
+        return _Ballast() if self.config.name == "linear_kv" else TensorMemory()
+
+    def advance(self, memory: Memory, position: int, tokens: Tensor, keep: Keep) -> Tensor:
+        """Misbehave, remember, predict."""
+        self._misbehave(tokens.device)
+        if self.config.name == "sleep":
+            time.sleep(self.config.seconds)
+        if self.config.name == "alloc":
+            torch.ones(self.config.size, dtype=torch.uint8, device=tokens.device)
+        if isinstance(memory, _Ballast):
+            shape = (tokens.shape[0], tokens.shape[1] * self.config.bytes_per_token)
+            memory.bytes.append(torch.ones(shape, dtype=torch.uint8, device=tokens.device))
+        if self.config.name == "copy":
+            before = memory.tensors()["recent"]  # (B, up to period)
+            out = self._copy(before, tokens)
+            memory.load({"recent": torch.cat((before, tokens), 1)[:, -self.config.period :].clone()})
+        else:
+            out = self._uniform(tokens)
+        return out if keep == "all" else out[:, -1:]
+
+    def _uniform(self, tokens: Tensor) -> Tensor:
+        value = float("nan") if self.config.name == "nan" else 0.0
+        shape = (*tokens.shape, self.vocab_size)
+        return torch.full(shape, value, dtype=self.place.dtype, device=tokens.device)  # (B, T, V)
+
+    def _copy(self, before: Tensor, tokens: Tensor) -> Tensor:
+        """After the token at position t comes position t + 1, and with it the token of t + 1 − period, where there is one."""
+        out = self._uniform(tokens)
+        known = torch.cat((before, tokens), 1)
+        first = max(0, self.config.period - 1 - before.shape[1])  # the first of these tokens whose answer is known
+        answers = tokens.shape[1] - first
+        if answers > 0:
+            start = before.shape[1] + first + 1 - self.config.period
+            seen = known[:, start : start + answers]  # (B, answers)
+            out[:, first:] = -_CERTAIN
+            out[:, first:].scatter_(2, seen.unsqueeze(2), 0.0)
+        return out
+
+    def _misbehave(self, device: torch.device) -> None:
+        if self.config.name == "oom":
+            torch.empty(2**60, dtype=torch.uint8, device=device)
+        if self.config.name == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while self.config.name == "hang":
+            time.sleep(3600)
+
+    def state_bytes(self, batch_size: int, context: int) -> int:
+        """Nothing for most words."""
+        c = self.config
+        per_stream = {
+            "copy": 8 * min(context, c.period),
+            "const_state": c.size,
+            "linear_kv": c.bytes_per_token * context,
+        }
+        return batch_size * per_stream.get(c.name, 0)
+
+    def flops_per_token(self, context: int, mode: str = "recurrent") -> float:
+        """No arithmetic."""
+        return 0.0
+
+    def kernels(self) -> str:
+        """What runs here."""
+        return "none"
+
+
+class _Ballast:
+    """A state that only grows."""
+
+    def __init__(self) -> None:
+        self.bytes = GrowingTensor(1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        filled = self.bytes.filled
+        return {} if filled is None else {"bytes": filled}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.bytes.load(tensors.get("bytes"))
+
+
+def _check(config: Config) -> None:
+    if config.name not in DEFAULTS["words"]:  # type: ignore[operator]
+        raise SpecError(f"got toy:{config.name} · expected one of {', '.join(DEFAULTS['words'])}")  # type: ignore[arg-type]
+    for name in ("vocab_size", "period", "bytes_per_token"):
+        if getattr(config, name) < 1:
+            raise SpecError(f"got {name}={getattr(config, name)} · expected at least 1")
+    if config.bytes < 0 or config.seconds < 0:
+        raise SpecError(f"got bytes={config.bytes}, seconds={config.seconds} · expected 0 or more")

@@ -1,0 +1,234 @@
+"""Does every cell end in a row with a reason, once, whatever happens to its process?"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bdh_bench.errors import SpecError, StoreError, UnknownNameError
+from bdh_bench.results.store import Run, open_run
+from bdh_bench.runner.leases import boot_id, lease
+from bdh_bench.runner.plan import command_line, make_plan
+from bdh_bench.runner.run import execute, exit_code, prepare, tally
+from bdh_bench.spec import RunSpec
+
+
+def _go(spec: RunSpec, root: Path, timeout_s: float = 120.0, **how: Any) -> Run:
+    plan = make_plan(spec)
+    return execute(plan, prepare(plan, root, how.get("run_id"), how.get("resume", False)), lambda *a: None, timeout_s)
+
+
+def test_each_death_is_a_row_and_the_others_finish(tmp_path: Path) -> None:
+    models = ("toy:segfault", "toy:nan", "toy:oom", "toy:uniform")
+    run = _go(RunSpec(models, ("latency:steps=2:windows=2:prefills=1",), contexts=(16,)), tmp_path)
+    assert [c.status for c in run.cells] == ["crash", "gate_failed", "oom_host", "ok"]
+    assert "SIGSEGV" in run.cells[0].reason
+    assert tally(run) == {"ok": 1, "failed": 2, "skipped": 1}
+    assert exit_code(run) == 6
+    assert all(r.value is None for r in run.records if r.model != "toy:uniform")
+
+
+def test_a_hanging_cell_times_out_and_its_processes_are_gone(tmp_path: Path) -> None:
+    run = _go(RunSpec(("toy:hang",), ("memory",), contexts=(16,)), tmp_path, timeout_s=6.0)
+    assert run.cells[0].status == "timeout"
+    found = subprocess.run(["pgrep", "-f", "[b]dh_bench.runner.worker"], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():  # other tests may run workers of their own beside this one
+        assert str(tmp_path) not in Path(f"/proc/{pid}/cmdline").read_text()
+    assert exit_code(run) == 5
+
+
+def test_a_second_call_repeats_nothing(tmp_path: Path) -> None:
+    spec = RunSpec(("toy:uniform", "toy:nan"), ("memory",), contexts=(16,))
+    first = _go(spec, tmp_path, run_id="r")
+    before = {p: p.read_bytes() for p in (tmp_path / "r" / "events").iterdir()}
+    second = _go(spec, tmp_path, run_id="r", resume=True)
+    assert second.records == first.records
+    assert {p: p.read_bytes() for p in (tmp_path / "r" / "events").iterdir()} == before
+
+
+def test_an_unfinished_run_of_the_same_request_is_continued(tmp_path: Path) -> None:
+    spec = RunSpec(("toy:uniform",), ("memory",), contexts=(16, 32))
+    plan = make_plan(spec)
+    folder = prepare(plan, tmp_path, None, False)
+    assert prepare(plan, tmp_path, None, False) == folder
+    run = execute(plan, folder, lambda *a: None, 120.0)
+    assert run.finished
+    assert prepare(plan, tmp_path, None, False) != folder
+    assert prepare(make_plan(RunSpec(("toy:copy",), ("memory",), contexts=(16,))), tmp_path, None, False) != folder
+
+
+def test_a_used_id_needs_resume_and_the_same_request(tmp_path: Path) -> None:
+    spec = RunSpec(("toy:uniform",), ("memory",), contexts=(16,))
+    assert prepare(make_plan(spec), tmp_path, "x", True) == tmp_path / "x"  # --resume on a missing run starts it
+    with pytest.raises(SpecError, match="--resume"):
+        prepare(make_plan(spec), tmp_path, "x", False)
+    with pytest.raises(SpecError, match="another request"):
+        prepare(make_plan(RunSpec(("toy:uniform",), ("memory",), contexts=(32,))), tmp_path, "x", True)
+
+
+def test_a_killed_parent_leaves_a_store_that_resumes(tmp_path: Path, books: Path) -> None:
+    """SIGKILL to the parent: its worker ends, the cell counts as unfinished, and the same command completes the run."""
+    command = [
+        sys.executable,
+        "-m",
+        "bdh_bench.cli",
+        "run",
+        "--models",
+        "bdh:n_embd=16,toy:uniform",
+        "--task",
+        "long_ppl",
+    ]
+    command += [
+        "--data",
+        f"path:{books}",
+        "--contexts",
+        "128",
+        "--train-bytes",
+        "65536",
+        "--runs",
+        str(tmp_path),
+        "--json",
+    ]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.glob("*/events/*.jsonl")):
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    (folder,) = [p.parent for p in tmp_path.glob("*/run.json")]
+    assert not open_run(folder).finished
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["data"] == {
+        "run": folder.name,
+        "path": str(folder),
+        "cells": {"ok": 2, "failed": 0, "skipped": 0},
+    }
+    values = [r for r in open_run(folder).records if r.model == "toy:uniform"]
+    assert len({(r.sample, r.context) for r in values}) == len(values)
+    assert not list((folder / "leases").iterdir())
+
+
+def test_ctrl_c_keeps_the_training_and_says_how_to_go_on(tmp_path: Path, books: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "bdh_bench.cli",
+        "run",
+        "--models",
+        "bdh:n_embd=32",
+        "--task",
+        "long_ppl",
+        "--runs",
+        str(tmp_path),
+    ]
+    command += ["--data", f"path:{books}", "--contexts", "128", "--train-bytes", "8388608", "--run-id", "r"]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list(tmp_path.glob("*/events/*.jsonl")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    parent.send_signal(signal.SIGINT)
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "bdh-bench run --resume --run-id r" in said
+    run = open_run(tmp_path / "r")
+    assert run.cells[0].status == "interrupted"
+    assert run.records == ()
+
+
+def test_per_byte_results_are_kept_beside_the_rows(tmp_path: Path, books: Path) -> None:
+    run = _go(RunSpec(("toy:uniform",), ("long_ppl",), data=f"path:{books}", contexts=(128,)), tmp_path, run_id="r")
+    (path,) = (tmp_path / "r" / "cells").rglob("bits.npz")
+    with np.load(path) as arrays:
+        assert arrays["bits_c128"].shape == (len(arrays["block_start"]), 128)
+    assert "smoke" in run.manifest["labels"]
+    assert {row["name"] for row in run.manifest["references"]} >= {
+        "order-0 byte model",
+        "order-1 byte model",
+        "order-2 byte model",
+        "zlib",
+    }
+    assert len(run.manifest["corpus"]["documents"]) == 12
+
+
+def test_memory_and_latency_rows_have_units_and_truths(tmp_path: Path) -> None:
+    spec = RunSpec(
+        ("toy:linear_kv", "toy:sleep", "gpt2"), ("memory", "latency:steps=3:windows=2:prefills=2"), contexts=(64, 600)
+    )
+    run = _go(spec, tmp_path)
+    state = {(r.model, r.context): r.value for r in run.records if r.metric == "state_bytes"}
+    assert state["toy:linear_kv", 600] * 64 == state["toy:linear_kv", 64] * 600  # type: ignore[operator]
+    assert state["gpt2", 600] is None
+    assert all(r.value >= 1e-3 for r in run.records if r.metric == "tpot_s" and r.model == "toy:sleep")  # type: ignore[operator]
+    assert {c.status for c in run.cells if c.model == "gpt2" and c.context == 600} == {"unsupported"}
+    assert exit_code(run) == 0
+
+
+def test_a_lease_of_a_dead_process_is_stale_and_of_a_live_one_is_not(tmp_path: Path) -> None:
+    (tmp_path / "leases").mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    path = tmp_path / "leases" / ("c" * 16)
+    path.write_text(json.dumps({"pid": gone.pid, "boot": boot_id()}))
+    with lease(tmp_path, "c" * 64):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not path.exists()
+    path.write_text(json.dumps({"pid": os.getppid(), "boot": boot_id()}))
+    with pytest.raises(StoreError, match="another process"), lease(tmp_path, "c" * 64):
+        pass
+
+
+def test_cells_change_with_what_changes_their_numbers(books: Path) -> None:
+    base = RunSpec(("bdh",), ("long_ppl",), data=f"path:{books}", contexts=(128,))
+    keys = {make_plan(base).cells[0].key}
+    for changed in (
+        {"contexts": (128, 256)},
+        {"train_bytes": 7},
+        {"seeds": (1,)},
+        {"models": ("bdh:n_layer=2",)},
+        {"documents": 1},
+    ):
+        keys.add(make_plan(RunSpec(**{**base.__dict__, **changed})).cells[0].key)
+    (books / "book00.txt").write_text("another text " * 300)
+    keys.add(make_plan(base).cells[0].key)
+    assert len(keys) == 7
+    latency = RunSpec(("bdh",), ("latency",), train_bytes=1)
+    assert make_plan(latency).cells == make_plan(RunSpec(("bdh",), ("latency",), train_bytes=2)).cells  # never trains
+
+
+def test_the_printed_command_asks_for_the_same_run() -> None:
+    spec = RunSpec(
+        ("bdh", "toy:copy:period=32"), ("memory",), contexts=(64, 128), seeds=(0, 1, 2), threads=1, train_bytes=5
+    )
+    assert command_line(spec) == (
+        "bdh-bench run --models bdh,toy:copy:period=32 --task memory --train-bytes 5 --contexts 64,128 --seeds 3 --threads 1"
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        RunSpec(("bhd",), ("memory",)),
+        RunSpec(("bdh:n_heads=2",), ("memory",)),
+        RunSpec(("bdh",), ("memry",)),
+        RunSpec(("bdh",), ("memory:step=2",)),
+        RunSpec(("bdh",), ("memory:steps=0",)),
+        RunSpec(("toy:unifrm",), ("memory",)),
+        RunSpec(("bdh",), ("long_ppl",), data="path:/nowhere"),
+        RunSpec(("bdh",), ("long_ppl",), contexts=(1 << 26,)),
+        RunSpec(("bdh:weights=/no/file",), ("memory",)),
+        RunSpec(("bdh",), ("memory",), device="tpu"),
+    ],
+)
+def test_impossible_requests_fail_before_anything_is_written(spec: RunSpec) -> None:
+    with pytest.raises((SpecError, UnknownNameError)):
+        make_plan(spec)
