@@ -1,0 +1,44 @@
+# Two commands do everything: make quickstart (install, run, report) and make test (install, test).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUNS   ?= runs
+
+.PHONY: quickstart test check lint types fix sweep clean
+
+# Installed once per change of the project's dependencies.
+$(VENV)/.user: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.user
+
+quickstart: $(VENV)/.user
+	$(BIN)/bdh-bench run --models bdh,gpt2,mamba --task long_ppl --runs $(RUNS)
+	$(BIN)/bdh-bench report --runs $(RUNS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2
+
+check: lint types test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+fix: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+sweep: $(VENV)/.user
+	$(BIN)/python benchmarks/learning_rate_sweep.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

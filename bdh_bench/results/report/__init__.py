@@ -1,0 +1,1 @@
+"""The page: figures drawn twice (plotly for hands, SVG for print), one HTML file that opens from disk."""

@@ -1,0 +1,153 @@
+"""How does a figure become a static picture? SVG text: for paper, for print, and for a page without scripts.
+
+The same figure gives the same bytes: ids are salted by the figure's id, no date is written, text stays text. Ink and grid
+are CSS variables, so that the picture follows the page into the dark.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+from bdh_bench.results.escaping import plain
+from bdh_bench.results.figures import Axis, Figure, Series
+
+_INK, _GRID = "#333333", "#dddddd"
+_MARKERS = {
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "triangle-down": "v",
+    "cross": "x",
+    "star": "*",
+    "pentagon": "p",
+}
+_DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":", "longdash": (0, (8, 3))}
+_MARK_SYMBOLS = {"stopped": "|", "failed": "x"}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _GRID,
+}
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as one ``<svg>`` element; every series, reference and mark carries its key as group id."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Canvas
+
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": figure.id}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # text stays text: the reader's fonts draw it
+        canvas = Canvas(figsize=(7.2, 4.4), layout="constrained")
+        FigureCanvasSVG(canvas)
+        axes = canvas.subplots()
+        _draw(axes, figure)
+        buffer = io.StringIO()
+        canvas.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
+    return _cleaned(buffer.getvalue(), figure)
+
+
+def _draw(axes: Any, figure: Figure) -> None:
+    axes.set_xscale(figure.x.scale)
+    axes.set_yscale(figure.y.scale)
+    for number, line in enumerate(figure.series):
+        _draw_series(axes, line, number)
+    for number, reference in enumerate(figure.references):
+        axes.axhline(
+            reference.value, color="#808080", linestyle=_DASHES[reference.dash], linewidth=1, gid=f"reference-{number}"
+        )
+        axes.annotate(
+            reference.label,
+            (1, reference.value),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="bottom",
+            fontsize=7.5,
+        )
+    for number, mark in enumerate(figure.marks):
+        symbol = _MARK_SYMBOLS.get(mark.kind, "x")
+        axes.plot([mark.x], [mark.y], symbol, color=_INK, markersize=12, markeredgewidth=1.5, gid=f"mark-{number}")
+        axes.annotate(mark.label, (mark.x, mark.y), xytext=(6, 6), textcoords="offset points", fontsize=7.5)
+    _set_axis(axes.xaxis, axes.set_xlabel, figure.x)
+    _set_axis(axes.yaxis, axes.set_ylabel, figure.y)
+    axes.grid(True, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if figure.series:
+        axes.figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=3,
+            frameon=False,
+            fontsize=8,
+            handlelength=4,
+        )
+
+
+def _draw_series(axes: Any, line: Series, number: int) -> None:
+    measured = line.kind == "measured"
+    xs = [dot.x for dot in line.points]
+    ys = [math.nan if dot.y is None else dot.y for dot in line.points]
+    axes.plot(
+        xs,
+        ys,
+        color=line.color,
+        marker=_MARKERS[line.marker] if measured and len(xs) <= 40 else "",
+        linestyle=_DASHES[line.dash],
+        linewidth=1.6 if measured else 1,
+        markersize=5,
+        label=_legend(line),
+        gid=f"series-{number}",
+    )
+    bars = [
+        (d.x, d.y, d.low, d.high) for d in line.points if d.y is not None and d.low is not None and d.high is not None
+    ]
+    if bars:
+        axes.vlines([b[0] for b in bars], [b[2] for b in bars], [b[3] for b in bars], color=line.color, linewidth=0.8)
+
+
+def _legend(line: Series) -> str:
+    # matplotlib leaves out of the legend what begins with an underscore
+    label = line.label if line.kind == "measured" else f"{line.label} ({line.kind})"
+    return f"\u200b{label}" if label.startswith("_") else label or "(no name)"
+
+
+def _set_axis(axis: Any, set_label: Any, description: Axis) -> None:
+    set_label(description.title)
+    if description.ticks:
+        low, high = axis.get_view_interval()
+        inside = [(v, t) for v, t in description.ticks if low <= v <= high]
+        axis.set_ticks([v for v, _ in inside], labels=[t for _, t in inside])
+        axis.set_minor_locator(_no_ticks())
+
+
+def _no_ticks() -> Any:
+    from matplotlib.ticker import NullLocator
+
+    return NullLocator()
+
+
+def _cleaned(text: str, figure: Figure) -> str:
+    """The element alone: no prolog, ids of its own, colours as variables, fluid width."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    named = f'width="100%" role="img" aria-label={quoteattr(plain(figure.alt))}'
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', lambda found: f"{found[1]} {named}", text, count=1)
+    text = re.sub(r'\bid="', f'id="{figure.id}-', text)
+    text = re.sub(r'(url\(#|href="#)', rf"\1{figure.id}-", text)
+    return text.replace(_INK, f"var(--ink, {_INK})").replace(_GRID, f"var(--grid, {_GRID})").strip()

@@ -1,0 +1,134 @@
+"""How does a figure become Plotly data and layout? A plain dict; plotly itself is not imported.
+
+Only scatter traces: they are drawn as SVG and need no script built from strings, which the page forbids. Colours of text
+and grid are left to the page, which knows whether it is dark.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bdh_bench.results.display import GAP, interval, quantity
+from bdh_bench.results.escaping import plotly as safe
+from bdh_bench.results.figures import Axis, Dot, Figure, Mark, Reference, Series
+
+_MARKERS = {"cross": "x"}
+_MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open"}
+
+
+def to_plotly(figure: Figure) -> dict[str, Any]:
+    """``{"data": …, "layout": …}`` for Plotly.newPlot."""
+    data = [_trace(line, figure) for line in figure.series]
+    if figure.marks:
+        data.append(_mark_trace(figure.marks))
+    return {"data": data, "layout": _layout(figure)}
+
+
+def _trace(line: Series, figure: Figure) -> dict[str, Any]:
+    measured = line.kind == "measured"
+    trace: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "lines+markers" if measured and len(line.points) <= 40 else "lines",
+        "name": safe(line.label if measured else f"{line.label} ({line.kind})"),
+        "x": [dot.x for dot in line.points],
+        "y": [dot.y for dot in line.points],
+        "connectgaps": False,
+        "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1},
+        "marker": {"color": line.color, "symbol": _MARKERS.get(line.marker, line.marker), "size": 8},
+        "text": [_hover(dot, figure) for dot in line.points],
+        "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
+    }
+    if any(dot.low is not None for dot in line.points):
+        trace["error_y"] = {
+            "type": "data",
+            "symmetric": False,
+            "array": [_reach(dot.high, dot.y) for dot in line.points],
+            "arrayminus": [_reach(dot.y, dot.low) for dot in line.points],
+            "thickness": 1,
+            "width": 3,
+        }
+    return trace
+
+
+def _reach(upper: float | None, lower: float | None) -> float | None:
+    return None if upper is None or lower is None else max(0.0, upper - lower)
+
+
+def _hover(dot: Dot, figure: Figure) -> str:
+    span = interval(dot.low, dot.high, figure.y.unit)
+    status = "" if dot.status == "ok" else f" · {dot.status}"
+    x = quantity(dot.x, figure.x.unit) if figure.x.unit == "byte" else f"{dot.x:,.0f} {figure.x.unit}"
+    y = quantity(dot.y, figure.y.unit) if dot.y is not None else GAP
+    return safe(f"{figure.x.label} {x}: {y} {span}{status}")
+
+
+def _mark_trace(marks: Sequence[Mark]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers+text",
+        "name": "marks",
+        "showlegend": False,
+        "x": [mark.x for mark in marks],
+        "y": [mark.y for mark in marks],
+        "text": [safe(mark.label) for mark in marks],
+        "textposition": "top right",
+        "hoverinfo": "text",
+        "marker": {
+            "symbol": [_MARK_SYMBOLS.get(mark.kind, "x-thin-open") for mark in marks],
+            "size": 16,
+            "line": {"width": 2},
+        },
+    }
+
+
+def _layout(figure: Figure) -> dict[str, Any]:
+    return {
+        "xaxis": _axis(figure.x),
+        "yaxis": _axis(figure.y),
+        "shapes": [_line(reference) for reference in figure.references],
+        "annotations": [_caption(reference, figure.y) for reference in figure.references],
+        "showlegend": True,
+        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top"},
+        "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "hovermode": "closest",
+        "font": {"family": "system-ui, sans-serif", "size": 13},
+    }
+
+
+def _axis(axis: Axis) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "title": {"text": safe(axis.title)},
+        "type": axis.scale,
+        "automargin": True,
+        "zeroline": False,
+    }
+    if axis.ticks:
+        out |= {
+            "tickvals": [v for v, _ in axis.ticks],
+            "ticktext": [safe(t) for _, t in axis.ticks],
+            "tickmode": "array",
+        }
+    return out
+
+
+def _line(reference: Reference) -> dict[str, Any]:
+    style = {"color": "#808080", "dash": reference.dash, "width": 1.5}
+    return {
+        "type": "line",
+        "xref": "paper",
+        "x0": 0,
+        "x1": 1,
+        "y0": reference.value,
+        "y1": reference.value,
+        "line": style,
+    }
+
+
+def _caption(reference: Reference, axis: Axis) -> dict[str, Any]:
+    y = math.log10(reference.value) if axis.scale == "log" and reference.value > 0 else reference.value
+    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom", "showarrow": False}
+    return {**place, "text": safe(reference.label), "font": {"size": 11}}

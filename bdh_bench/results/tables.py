@@ -1,0 +1,322 @@
+"""Which points do the raw records of a run make?
+
+A *point* is one (model, task, metric, context, batch size, axes, seed), reduced as the table of metrics says. With several
+seeds there is one more point over the seeds, with ``seed`` None. What has no value is a point all the same, with its
+status and reason: a gap is shown as a gap, never as 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from bdh_bench.metrics import METRICS
+from bdh_bench.results import statistics
+from bdh_bench.results.display import GAP, interval, quantity
+from bdh_bench.results.store import Run
+from bdh_bench.types import MEASURED_STATUSES, Record, Scalar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Axes = tuple[tuple[str, Scalar], ...]
+#: Part of what makes a point comparable rather than of what is measured; no column of its own in a table.
+HASH_AXIS = "target_hash"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One reduced value. ``cell`` holds the keys of the cells behind it, separated by commas."""
+
+    model: str
+    family: str
+    size: str
+    task: str
+    metric: str
+    metric_id: str
+    unit: str
+    value: float | int | None
+    low: float | None
+    high: float | None
+    n: int
+    context: int
+    batch_size: int
+    seed: int | None
+    axes: Axes
+    status: str
+    reason: str
+    weights: str
+    cell: str
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        return tuple(key for key in self.cell.split(",") if key)
+
+    @property
+    def target_hash(self) -> str:
+        return str(dict(self.axes).get(HASH_AXIS) or "")
+
+
+FIELDS = tuple(field.name for field in fields(Point))
+
+
+def points_of(run: Run) -> tuple[Point, ...]:
+    """All points of a run in the order of its plan; points over seeds follow those of single seeds."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in run.records:
+        groups.setdefault(_identity(record), []).append(record)
+    single = [_reduced(records) for records in groups.values()]
+    if len({cell.seed for cell in run.cells}) < 2:
+        return tuple(single)
+    return (*single, *_over_seeds(single))
+
+
+def frozen_axes(axes: Mapping[str, Scalar]) -> Axes:
+    """Axes as sorted pairs, so that they can be part of a key."""
+    return tuple(sorted((str(name), _scalar(value)) for name, value in axes.items()))
+
+
+def finite(value: object) -> float | int | None:
+    """The number, or None for what is none (missing, NaN, infinite, not a number at all)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def reduction_of(metric: str, records: Sequence[Record]) -> str:
+    """How the raw values become one; for a metric of a plug-in, a ratio where it has samples, else the median."""
+    if metric in METRICS:
+        return METRICS[metric].reduction
+    return "ratio" if any(record.sample for record in records) else "median"
+
+
+def samples_of(records: Iterable[Record]) -> dict[str, tuple[float, float]]:
+    """sample → (value, weight), for the records that have a value."""
+    rows = ((r.sample or str(r.repeat), finite(r.value), finite(r.weight)) for r in records)
+    return statistics.merge_samples((s, float(v), float(w)) for s, v, w in rows if v is not None and w is not None)
+
+
+def _scalar(value: object) -> Scalar:
+    return value if value is None or isinstance(value, str | int | float | bool) else json.dumps(value, sort_keys=True)
+
+
+def _identity(record: Record) -> tuple[Any, ...]:
+    axes = json.dumps(frozen_axes(record.axes))
+    return (
+        record.model,
+        record.task,
+        record.metric,
+        record.metric_id,
+        record.context,
+        record.batch_size,
+        axes,
+        record.seed,
+    )
+
+
+def _reduced(records: Sequence[Record]) -> Point:
+    first = records[0]
+    gaps = [record for record in records if finite(record.value) is None]
+    how = reduction_of(first.metric, records)
+    if how == "ratio":
+        value, low, high, n = _ratio(records, gaps)
+    else:
+        value, low, high, n = _single(records, how)
+    status, reason = _status(records, gaps, how, value)
+    return _point(first, value, low, high, n, first.seed, status, reason, records)
+
+
+def _ratio(records: Sequence[Record], gaps: Sequence[Record]) -> tuple[float | None, float | None, float | None, int]:
+    samples = samples_of(records)
+    if gaps or sum(weight for _, weight in samples.values()) <= 0:
+        return None, None, None, 0  # without one of its documents it would be another statistic
+    estimate = statistics.bootstrap_ratio(samples)
+    if not any(record.sample for record in records):
+        return estimate.value, None, None, estimate.n
+    return estimate.value, estimate.low, estimate.high, estimate.n
+
+
+def _single(records: Sequence[Record], how: str) -> tuple[float | int | None, None, None, int]:
+    values = [value for record in records if (value := finite(record.value)) is not None]
+    if not values or (how == "exact" and len(set(values)) > 1):
+        return None, None, None, 0
+    return (values[0] if how == "exact" else statistics.median(values)), None, None, len(values)
+
+
+def _status(records: Sequence[Record], gaps: Sequence[Record], how: str, value: float | None) -> tuple[str, str]:
+    if value is not None:
+        marked = next((r for r in records if r.status != "ok" and r.status in MEASURED_STATUSES), records[0])
+        return (marked.status if marked.status in MEASURED_STATUSES else "ok"), marked.reason
+    if gaps:
+        first = gaps[0]
+        status = first.status if first.status not in MEASURED_STATUSES else "error"
+        return status, first.reason or ("a value is missing" if first.value is None else "the value is not finite")
+    if how == "exact":
+        return "error", f"repeats disagree: {_listed(record.value for record in records)}"
+    return "error", "nothing was weighed: the weights sum to 0"
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(str(value) for value in list(dict.fromkeys(values))[:5])
+
+
+def _point(
+    first: Record | Point,
+    value: float | int | None,
+    low: float | None,
+    high: float | None,
+    n: int,
+    seed: int | None,
+    status: str,
+    reason: str,
+    sources: Sequence[Record | Point],
+) -> Point:
+    known = METRICS.get(first.metric)
+    axes = first.axes if isinstance(first.axes, tuple) else frozen_axes(first.axes)
+    return Point(
+        model=first.model,
+        family=first.family,
+        size=first.size,
+        task=first.task,
+        metric=first.metric,
+        metric_id=first.metric_id,
+        unit=known.unit if known else "",
+        value=finite(value),
+        low=finite(low),
+        high=finite(high),
+        n=n,
+        context=int(finite(first.context) or 0),
+        batch_size=first.batch_size,
+        seed=seed,
+        axes=axes,
+        status=status,
+        reason=reason,
+        weights=first.weights,
+        cell=",".join(dict.fromkeys(source.cell for source in sources)),
+    )
+
+
+def _over_seeds(points: Sequence[Point]) -> Iterator[Point]:
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for p in points:
+        key = (p.model, p.task, p.metric, p.metric_id, p.context, p.batch_size, json.dumps(p.axes))
+        groups.setdefault(key, []).append(p)
+    for group in groups.values():
+        yield _mean_point(group)
+
+
+def _mean_point(group: Sequence[Point]) -> Point:
+    first = group[0]
+    with_value = [point for point in group if point.value is not None]
+    if not with_value:
+        return _point(first, None, None, None, 0, None, first.status, first.reason, group)
+    values = [point.value for point in with_value if point.value is not None]
+    missing = len(group) - len(with_value)
+    reason = f"{missing} of {len(group)} seeds have no value" if missing else ""
+    if first.metric in METRICS and METRICS[first.metric].reduction == "exact":
+        if len(set(values)) > 1:
+            return _point(first, None, None, None, 0, None, "error", f"seeds disagree: {_listed(values)}", group)
+        return _point(first, values[0], None, None, len(values), None, with_value[0].status, reason, group)
+    mean = statistics.t_interval(values)
+    return _point(first, mean.value, mean.low, mean.high, mean.n, None, with_value[0].status, reason, group)
+
+
+# -- views -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of a table: the text, and a remark (interval, status, reason) behind it."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text; the first column names the row."""
+
+    id: str
+    title: str
+    meaning: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+
+
+def best_points(points: Sequence[Point]) -> list[Point]:
+    """One seed level per quantity: the points over seeds where there are some, else those of the only seed."""
+    pooled = [point for point in points if point.seed is None]
+    return pooled or list(points)
+
+
+def value_tables(points: Sequence[Point]) -> list[Table]:
+    """One table per task and metric: a row per model (and axes), a column per context."""
+    groups: dict[tuple[str, str], list[Point]] = {}
+    for point in best_points(points):
+        groups.setdefault((point.task, point.metric), []).append(point)
+    return [_value_table(f"table-{i}", task, metric, g) for i, ((task, metric), g) in enumerate(groups.items())]
+
+
+def _value_table(id_: str, task: str, metric: str, group: Sequence[Point]) -> Table:
+    known = METRICS.get(metric)
+    contexts = sorted({point.context for point in group})
+    names = row_names(group)
+    rows: dict[str, dict[int, Point]] = {}
+    for point in group:
+        rows.setdefault(names[point], {})[point.context] = point
+    body = tuple(
+        (Entry(name), *(_entry(by_context.get(context)) for context in contexts)) for name, by_context in rows.items()
+    )
+    columns = ("model", *(f"c = {context:,}" if context else "any c" for context in contexts))
+    label = known.label if known else metric
+    return Table(id_, f"{task}: {label}", known.meaning if known else "", columns, body)
+
+
+def row_names(points: Sequence[Point]) -> dict[Point, str]:
+    """Point → the name of its row or line: the model, with batch size and axes where the model has several of them."""
+    values: dict[tuple[str, str], set[Scalar]] = {}
+    for point in points:
+        if point.value is not None:
+            for name, value in _settings(point):
+                values.setdefault((point.model, name), set()).add(value)
+    return {
+        point: " · ".join(
+            [point.model, *(f"{n}={v}" for n, v in _settings(point) if len(values.get((point.model, n), ())) > 1)]
+        )
+        for point in points
+    }
+
+
+def _settings(point: Point) -> list[tuple[str, Scalar]]:
+    return [("batch", point.batch_size), *(pair for pair in point.axes if pair[0] != HASH_AXIS)]
+
+
+def _entry(point: Point | None) -> Entry:
+    if point is None:
+        return Entry(GAP, "not planned")
+    if point.value is None:
+        return Entry(point.status, point.reason)
+    span = interval(point.low, point.high, point.unit)
+    mark = "" if point.status == "ok" else f" ({point.status})"
+    return Entry(quantity(point.value, point.unit) + mark, " ".join(part for part in (span, point.reason) if part))
+
+
+def frame(points: Sequence[Point]) -> pd.DataFrame:
+    """The points as a data frame, one row each; axes as JSON text."""
+    import pandas as pd
+
+    rows = [
+        {name: getattr(point, name) for name in FIELDS} | {"axes": json.dumps(dict(point.axes))} for point in points
+    ]
+    return pd.DataFrame(rows, columns=list(FIELDS))
+
+
+def pivot(points: Sequence[Point], metric: str) -> pd.DataFrame:
+    """Values of one metric, models against contexts; gaps are missing values."""
+    chosen = [point for point in best_points(points) if point.metric == metric]
+    table = frame(chosen)
+    table["value"] = table["value"].astype("Float64")
+    return table.pivot_table(index="model", columns="context", values="value", aggfunc="first", dropna=False)
