@@ -40,7 +40,7 @@ Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; wi
 Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
-_PLAIN_BYTES, _PLAIN_CONTEXT = 1_048_576, 256
+_PLAIN_BYTES, _PLAIN_CONTEXT = 1_310_720, 256
 
 
 @app.command()
@@ -181,9 +181,7 @@ def _run(
         status = "ok" if code == 0 else ("failed" if code == 5 else "partial")
         _print_json("run", status, {"run": folder.name, "path": str(folder), "cells": counts}, errors)
     else:
-        from bdh_bench.results.terminal import show
-
-        show(done)
+        _print_run(done)
         for error in errors:
             _say(f"failed: {error['message']} (log: {folder}/cells/{error['cell'][:16]})")
         _say(
@@ -335,9 +333,7 @@ def show(
             "show", "ok", {"run": stored.id, "points": points_as_json(stored), "problems": list(stored.problems)}
         )
     else:
-        from bdh_bench.results.terminal import show as show_run
-
-        show_run(stored)
+        _print_run(stored)
 
 
 @app.command()
@@ -372,6 +368,14 @@ def _open(root: Path, name: str | None) -> Run:
     for problem in stored.problems:
         _say(f"warning: {problem}")
     return stored
+
+
+def _print_run(run: Run) -> None:
+    from rich.console import Console
+
+    from bdh_bench.results.terminal import show as rendered
+
+    Console().print(rendered(run))
 
 
 def _progress(total: int) -> Any:

@@ -19,7 +19,7 @@ from synthetic_run import write_run
 from bdh_bench.results.export import export
 from bdh_bench.results.report.page import content_of, render
 from bdh_bench.results.report.write import as_text, write_report
-from bdh_bench.results.terminal import show
+from bdh_bench.results.terminal import renderable, show
 
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
@@ -137,10 +137,11 @@ def test_hostile_names_are_inert(tmp_path: Path, name: str) -> None:
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert len([tag for tag, _ in page.tags if tag == "script"]) == 2
     assert not [attrs for _, attrs in page.tags if any(key.startswith("on") for key in attrs)]
-    for text in (html, as_text(content_of(run)), export(run, "csv"), export(run, "latex"), export(run, "md")):
+    for text in (html, as_text(content_of(run)), export(run, "latex"), export(run, "md")):
         assert "<img" not in text
         assert "</script><script>" not in text
-        assert not re.search("[\u202e\x1b\x07]", text)
+    for text in (html, as_text(content_of(run)), *(export(run, format_) for format_ in ("csv", "latex", "md"))):
+        assert not re.search("[\\u202e\\x1b\\x07]", text)
     assert "[d](javascript" not in as_text(content_of(run))
     assert r"\input" not in export(run, "latex")
 
@@ -178,11 +179,18 @@ def test_the_terminal_shows_the_answer_and_the_tables(tmp_path: Path) -> None:
     from rich.console import Console
 
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(show(write_run(tmp_path, rename=lambda text: f"{text}[red]\x1b[2J")))
+    console.print(renderable(write_run(tmp_path, rename=lambda text: f"{text}[red]\x1b[2J")))
     text = console.export_text()
     assert "not ranked" in text
     assert "[red]" in text
     assert "\x1b[2J" not in text
+
+
+def test_show_prints_plain_text_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show(write_run(tmp_path))
+    printed = capsys.readouterr().out
+    assert "Not decided" in printed
+    assert "\x1b" not in printed
 
 
 def test_the_reading_half_needs_no_torch() -> None:

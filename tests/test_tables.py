@@ -113,6 +113,7 @@ def test_json_is_the_promised_shape(run: Run) -> None:
     rows = points_as_json(run)
     assert all(set(row) == PROMISED and isinstance(row["context"], int) for row in rows)
     assert json.loads(export(run, "json")) == rows
+    assert [json.loads(line) for line in export(run, "jsonl").splitlines()] == rows
     assert len(raw_as_json(run)) == len(run.records)
     assert {row["context"] for row in rows if row["metric"] == "bits_per_byte"} == set(CONTEXTS)
 

@@ -32,7 +32,7 @@ from bdh_bench.kernels.selective_scan import selective_scan, selective_scan_step
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 3e-3, "position_limit": "none"}
+DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
 
 #: Layers up to a parameter target: about two blocks where a transformer has one, as in the paper's models.
 _LAYERS = ((500_000, 6), (2_000_000, 8), (6_000_000, 12), (15_000_000, 16), (35_000_000, 20), (200_000_000, 24))

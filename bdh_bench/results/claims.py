@@ -159,8 +159,17 @@ def _checkpoint_claim(facts: _Facts, one: Point, two: Point) -> Claim:
     why_not = _untrained(one, two) or _no_winner(difference, difference.n)
     verdict = why_not or f"the {a if difference.value < 0 else b} checkpoint is ahead"
     decided: Kind = "not decided" if why_not else "measured"
-    return Claim(
-        f"{text}; {verdict}. {ARCHITECTURES_OPEN}", _cells([one, two]), "these checkpoints", decided, "quality"
+    short = _in_short(one.context, (a, number(one.value, one.unit)), (b, number(two.value, two.unit)), difference)
+    short += f"{'not ranked' if why_not else verdict})"
+    text = f"{text}; {verdict}. {ARCHITECTURES_OPEN}"
+    return Claim(text, _cells([one, two]), "these checkpoints", decided, "quality", short)
+
+
+def _in_short(context: int, first: tuple[str, str], second: tuple[str, str], difference: Estimate) -> str:
+    """The comparison for the paragraph, with the bracket left open for its verdict."""
+    return (
+        f"at {count(context)} bytes of context {first[0]} scored {first[1]} and {second[0]} {second[1]} bits per byte "
+        f"({signed(difference.value)} {signed_interval(difference.low, difference.high)}, "
     )
 
 

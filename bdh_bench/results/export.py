@@ -1,4 +1,4 @@
-"""How do points leave for other programs: JSON, CSV, Markdown, LaTeX?
+"""How do points leave for other programs: JSON, JSON lines, CSV, Markdown, LaTeX?
 
 The JSON shape is a promise to programs: one object per point, gaps as null with status and reason, no NaN.
 """
@@ -18,17 +18,19 @@ from bdh_bench.results.store import Run
 from bdh_bench.results.tables import FIELDS, Point, Table, finite, points_of, value_tables
 from bdh_bench.types import Record
 
-FORMATS = ("json", "csv", "md", "latex")
+FORMATS = ("json", "jsonl", "csv", "md", "latex")
 _RAW_FIELDS = tuple(field.name for field in fields(Record) if field.name != "facts")
 
 
 def export(run: Run, format_: str = "json", raw: bool = False) -> str:
-    """The run as text in one of FORMATS; ``raw`` gives every measurement (json and csv)."""
+    """The run as text in one of FORMATS; ``raw`` gives every measurement (as csv where the format has tables only)."""
     if format_ not in FORMATS:
         raise UnknownNameError("export format", format_, FORMATS)
     rows = raw_as_json(run) if raw else points_as_json(run)
     if format_ == "json":
         return json.dumps(rows, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    if format_ == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if format_ == "csv" or raw:
         return as_csv(rows, _RAW_FIELDS if raw else FIELDS)
     tables = value_tables(points_of(run))

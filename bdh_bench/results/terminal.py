@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 
-def show(run: Run) -> Group:
-    """The run as something for ``rich.console.Console().print``."""
+def show(run: Run) -> None:
+    """Print the run to standard output; without colours where that is no terminal or NO_COLOR is set."""
+    from rich.console import Console
+
+    Console(highlight=False).print(renderable(run))
+
+
+def renderable(run: Run) -> Group:
+    """The run as something that rich can print."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text

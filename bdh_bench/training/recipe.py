@@ -20,7 +20,7 @@ class Recipe:
     context: int
     learning_rate: float
     seed: int
-    batch_bytes: int = 4096
+    batch_bytes: int = 512
     warm_up: float = 0.05
     final_share: float = 0.1
     weight_decay: float = 0.1
