@@ -371,11 +371,9 @@ def _open(root: Path, name: str | None) -> Run:
 
 
 def _print_run(run: Run) -> None:
-    from rich.console import Console
+    from bdh_bench.results.terminal import show as print_run
 
-    from bdh_bench.results.terminal import show as rendered
-
-    Console().print(rendered(run))
+    print_run(run)
 
 
 def _progress(total: int) -> Any:

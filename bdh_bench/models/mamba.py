@@ -225,7 +225,8 @@ class Block(nn.Module):
         return _wide(out), conv, ssm
 
     def _normed(self, x: Tensor) -> Tensor:
-        return self.norm(x).to(self.mixer.in_proj.weight.dtype)
+        normed: Tensor = self.norm(x).to(self.mixer.in_proj.weight.dtype)
+        return normed
 
 
 class Mixer(nn.Module):
