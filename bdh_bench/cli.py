@@ -40,7 +40,7 @@ Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; wi
 Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
-_PLAIN_BYTES, _PLAIN_CONTEXT = 1_310_720, 256
+_PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
 
 
 @app.command()

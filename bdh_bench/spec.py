@@ -145,7 +145,7 @@ class RunSpec:
     tasks: tuple[str, ...]
     data: str = "stdlib"
     contexts: tuple[int, ...] = ()
-    train_bytes: int = 1_310_720
+    train_bytes: int = 1_572_864
     train_context: int = 256
     seeds: tuple[int, ...] = (0,)
     device: str = "cpu"

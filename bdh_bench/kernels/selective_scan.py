@@ -28,7 +28,15 @@ _CHUNK_MIN, _CHUNK_MAX = 16, 64
 
 
 def selective_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor | None = None, chunk: int = 0
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor | None = None,
+    *,
+    chunk: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (B, T, E) and the state after the last token (B, E, N); differentiable in every tensor argument.
 

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bdh_bench.errors import SpecError
@@ -280,14 +281,10 @@ class Mixer(nn.Module):
 
     def _conv(self, u: Tensor, before: Tensor | None) -> Tensor:
         """Causal depthwise convolution and SiLU, (B, T, E), after the inputs ``before`` (B, E, K - 1) or zeros."""
-        kernel, length = self.conv1d.weight[:, 0].t(), u.shape[1]  # (K, E)
+        kernel, bias = self.conv1d.weight[:, 0].t(), cast(Tensor, self.conv1d.bias)  # (K, E), (E)
         kept = kernel.shape[0] - 1
         padded = F.pad(u, (0, 0, kept, 0)) if before is None else torch.cat((before.transpose(1, 2), u), 1)
-        # shifted sums: on a CPU twice as fast as a grouped convolution, and no transposed copies
-        total = torch.addcmul(cast(Tensor, self.conv1d.bias), padded[:, :length], kernel[0])
-        for k in range(1, kept + 1):
-            total = torch.addcmul(total, padded[:, k : k + length], kernel[k])
-        return F.silu(total)
+        return F.silu(_ShiftedSum.apply(padded, kernel, bias))  # type: ignore[no-untyped-call]
 
     def _selected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Δ (B, T, E), A (E, N), B and C (B, T, N), D (E), of which Δ, B and C depend on the input."""
@@ -303,6 +300,35 @@ class Mixer(nn.Module):
         streams = (x, delta.to(x.dtype).transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D.float())
         y, last = scan(*streams, z=gate.transpose(1, 2), return_last_state=True)
         return y.transpose(1, 2), last.float()
+
+
+class _ShiftedSum(torch.autograd.Function):
+    """The convolution as a sum of shifted inputs: padded (B, K - 1 + T, E), kernel (K, E), bias (E) → (B, T, E).
+
+    On a CPU this takes less than half the time of a grouped convolution, without transposed copies. The gradient is
+    written out because autograd's own makes one padded tensor of zeros per shift.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, kernel)
+        length = padded.shape[1] - kernel.shape[0] + 1
+        total = torch.addcmul(bias, padded[:, :length], kernel[0])
+        for k in range(1, kernel.shape[0]):
+            total.addcmul_(padded[:, k : k + length], kernel[k])
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        padded, kernel = ctx.saved_tensors
+        length = dy.shape[1]
+        dpadded = torch.zeros_like(padded, dtype=dy.dtype)
+        dkernel = torch.empty_like(kernel, dtype=dy.dtype)
+        for k in range(kernel.shape[0]):
+            dpadded[:, k : k + length].addcmul_(dy, kernel[k])
+            dkernel[k] = (dy * padded[:, k : k + length]).sum((0, 1))
+        return dpadded.to(padded.dtype), dkernel.to(kernel.dtype), dy.sum((0, 1))
 
 
 @cache
