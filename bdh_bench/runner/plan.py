@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import shlex
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
 from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
-from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
+from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
@@ -134,6 +136,24 @@ def _check_weights(model: ModelSpec) -> None:
     path = model.option("weights")
     if path and not Path(path).expanduser().is_file():
         raise SpecError(f"no weights at {path} · expected a .safetensors or .pt file", "check weights=PATH")
+    if path and not _readable_weights(Path(path).expanduser()):
+        raise CheckpointError(f"{path} is damaged · expected a .safetensors or .pt file", "copy or train it again")
+
+
+def _readable_weights(path: Path) -> bool:
+    """Whether the container is whole: a header that fits the file for safetensors, an archive for ``.pt``."""
+    if path.suffix != ".safetensors":
+        return zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            return False
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"]
+    return path.stat().st_size == 8 + length + max(ends, default=0)
 
 
 def _check_device(device: str) -> None:
