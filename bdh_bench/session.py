@@ -34,6 +34,10 @@ class Memory(Protocol):
         """Take over these tensors as the memory's content (they are not copied)."""
         ...
 
+    def fork(self) -> Memory:
+        """An independent copy."""
+        ...
+
 
 class TensorMemory(dict[str, Tensor]):
     """The memory of a recurrent model: a dictionary of tensors, replaced or updated in place by the model."""
@@ -44,6 +48,9 @@ class TensorMemory(dict[str, Tensor]):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.clear()
         self.update(tensors)
+
+    def fork(self) -> TensorMemory:
+        return type(self)({name: tensor.clone() for name, tensor in self.items()})
 
 
 class Streaming:
@@ -147,11 +154,14 @@ class StreamSession:
         """Bytes of the unique storages behind the live state."""
         return storage_bytes(self.state())
 
+    def facts(self) -> dict[str, Any]:
+        """What the memory says of how it was read (a path that was chosen, a density that was measured); mostly nothing."""
+        tell = getattr(self.memory, "facts", None)
+        return tell() if tell else {}
+
     def fork(self) -> StreamSession:
         """An independent copy: extending one never changes the other."""
-        memory = self.model.memory(self.batch_size)
-        memory.load({name: tensor.clone() for name, tensor in self.memory.tensors().items()})
-        return StreamSession(self.model, self.batch_size, memory, self.length)
+        return StreamSession(self.model, self.batch_size, self.memory.fork(), self.length)
 
     def save(self, path: str | Path) -> None:
         """Write state, length and fingerprint to ``path`` (safetensors); the file appears complete or not at all."""

@@ -1,9 +1,8 @@
 """How does an attention model remember a stream without copying it at every token?
 
-A cache behind transformers' unified ``Cache``: room grows geometrically and a token is written in place, so that reading
-one token costs the attention over the past and nothing else that grows with it. transformers' own ``DynamicCache``
-concatenates, which copies the whole past once per token and layer. With gradients on, an in-place write would damage
-the graph; pieces are then concatenated, and gradients flow through the carried state.
+A cache behind transformers' unified ``Cache`` over growing tensors, so that reading one token costs the attention over the
+past and nothing else that grows with it. transformers' own ``DynamicCache`` concatenates, which copies the whole past once
+per token and layer.
 
 ``causal_attention`` is the attention that goes with it. transformers builds a mask (B, 1, T, past + T) for a prompt that
 is read in pieces; here a mask covers one block of queries at a time and is shared by rows, heads and features.
@@ -24,64 +23,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-#: Smallest room, and how fast it grows: at most a third of a large room is unused, and a token is moved twice on average.
-_FIRST_ROOM = 64
-_GROWTH = 1.5
+from bdh_bench.models._growing import GrowingTensor
 
 #: Queries that share one mask where a piece of text follows a past.
 _QUERY_BLOCK = 128
-
-
-class GrowingTensor:
-    """A tensor that gets longer along one dimension; ``filled`` is the part in use, a view of the reserved buffer."""
-
-    def __init__(self, dim: int) -> None:
-        self.dim = dim
-        self.length = 0
-        self._buffer: Tensor | None = None
-
-    @property
-    def filled(self) -> Tensor | None:
-        """The part in use; None before anything was read."""
-        return None if self._buffer is None else self._buffer.narrow(self.dim, 0, self.length)
-
-    def load(self, tensor: Tensor | None) -> None:
-        """Take over ``tensor`` as the content. Room behind a view of the own buffer is kept (``detach`` hands one back)."""
-        if tensor is None:
-            self._buffer, self.length = None, 0
-            return
-        own = self._buffer
-        same = own is not None and own.data_ptr() == tensor.data_ptr() and own.stride() == tensor.stride()
-        self.length = tensor.shape[self.dim]
-        self._buffer = own.detach() if same and own is not None and not tensor.requires_grad else tensor
-
-    def append(self, piece: Tensor) -> Tensor:
-        """Add ``piece`` behind the content; returns all of it. In place where gradients are off."""
-        filled, before = self.filled, self.length
-        self.length += piece.shape[self.dim]
-        if torch.is_grad_enabled():
-            # A clone for the first piece too: it may be a view into the projection of queries, keys and values.
-            first = piece.clone(memory_format=torch.contiguous_format)
-            self._buffer = first if filled is None else torch.cat((filled, piece), self.dim)
-            return self._buffer
-        if self._buffer is None or self._must_move(self._buffer):
-            self._buffer = self._larger(filled, piece)
-        self._buffer.narrow(self.dim, before, piece.shape[self.dim]).copy_(piece)
-        return self._buffer.narrow(self.dim, 0, self.length)
-
-    def _must_move(self, buffer: Tensor) -> bool:
-        # A tensor born in inference mode cannot be written outside of it, nor one that a graph still holds.
-        foreign = buffer.is_inference() and not torch.is_inference_mode_enabled()
-        return self.length > buffer.shape[self.dim] or foreign or buffer.requires_grad
-
-    def _larger(self, filled: Tensor | None, piece: Tensor) -> Tensor:
-        shape = list(piece.shape)
-        reserved = 0 if self._buffer is None else self._buffer.shape[self.dim]
-        shape[self.dim] = max(self.length, _FIRST_ROOM, int(reserved * _GROWTH))
-        buffer = torch.empty(shape, dtype=piece.dtype, device=piece.device)
-        if filled is not None:
-            buffer.narrow(self.dim, 0, filled.shape[self.dim]).copy_(filled)
-        return buffer
 
 
 class _Layer(CacheLayerMixin):  # type: ignore[misc]
@@ -128,6 +73,12 @@ class KVCache:
         """Take over these tensors as the content; a name that is missing means an empty part."""
         for name, part in self._parts().items():
             part.load(tensors.get(name))
+
+    def fork(self) -> KVCache:
+        """An independent copy."""
+        copy = KVCache(len(self.layers))
+        copy.load({name: tensor.clone() for name, tensor in self.tensors().items()})
+        return copy
 
     def _parts(self) -> dict[str, GrowingTensor]:
         both = ((i, layer) for i, layer in enumerate(self.layers))

@@ -21,14 +21,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from bdh_bench.errors import SpecError
-from bdh_bench.models._kv_cache import GrowingTensor
+from bdh_bench.models._growing import GrowingMemory
 from bdh_bench.session import Memory, Streaming, TensorMemory
 from bdh_bench.types import Keep
 
@@ -97,7 +96,7 @@ class Model(Streaming, nn.Module):
             return TensorMemory({"recent": torch.empty((batch_size, 0), dtype=torch.long, device=device)})
         if self.config.name == "const_state":  # ones, not zeros: untouched pages would not be resident
             return TensorMemory({"state": torch.ones((batch_size, self.config.size), dtype=torch.uint8, device=device)})
-        return _Ballast() if self.config.name == "linear_kv" else TensorMemory()
+        return GrowingMemory({"bytes": 1}) if self.config.name == "linear_kv" else TensorMemory()
 
     def advance(self, memory: Memory, position: int, tokens: Tensor, keep: Keep) -> Tensor:
         """Misbehave, remember, predict."""
@@ -106,9 +105,9 @@ class Model(Streaming, nn.Module):
             time.sleep(self.config.seconds)
         if self.config.name == "alloc":
             torch.ones(self.config.size, dtype=torch.uint8, device=tokens.device)
-        if isinstance(memory, _Ballast):
+        if isinstance(memory, GrowingMemory):
             shape = (tokens.shape[0], tokens.shape[1] * self.config.bytes_per_token)
-            memory.bytes.append(torch.ones(shape, dtype=torch.uint8, device=tokens.device))
+            memory.parts["bytes"].append(torch.ones(shape, dtype=torch.uint8, device=tokens.device))
         if self.config.name == "copy":
             before = memory.tensors()["recent"]  # (B, up to period)
             out = self._copy(before, tokens)
@@ -160,20 +159,6 @@ class Model(Streaming, nn.Module):
     def kernels(self) -> str:
         """What runs here."""
         return "none"
-
-
-class _Ballast:
-    """A state that only grows."""
-
-    def __init__(self) -> None:
-        self.bytes = GrowingTensor(1)
-
-    def tensors(self) -> dict[str, Tensor]:
-        filled = self.bytes.filled
-        return {} if filled is None else {"bytes": filled}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.bytes.load(tensors.get("bytes"))
 
 
 def _check(config: Config) -> None:
