@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: quickstart test check lint types fix sweep clean
+.PHONY: quickstart test check lint types fix sweep bench-engine clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -39,6 +39,9 @@ fix: $(VENV)/.dev
 
 sweep: $(VENV)/.user
 	$(BIN)/python benchmarks/learning_rate_sweep.py
+
+bench-engine: $(VENV)/.user
+	$(BIN)/python benchmarks/engine.py --trained
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

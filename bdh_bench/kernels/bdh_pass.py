@@ -83,14 +83,19 @@ def bdh_pass(
     return outputs
 
 
-def read_chunk(x: Tensor, weights: Weights, turn: Turn | None, state: Tensor, form: Form) -> Tensor:
-    """z (B, C, D) of one chunk without gradients; the state (B, H, N, D) is updated in place."""
+def read_chunk(
+    x: Tensor, weights: Weights, turn: Turn | None, state: Tensor, form: Form
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z (B, C, D), keys and gates (H, B·C, N) of one chunk without gradients; the state (B, H, N, D) is updated in place."""
     dtype = _product_dtype(x)
     cast = Weights(*(w.to(dtype) for w in weights))
     with torch.autocast(x.device.type, enabled=False):
         turn = None if turn is None else turn.to(dtype)
-        z, _, _ = _forward(x.to(dtype), cast, turn, state.transpose(0, 1), form, _write_in_place)
-    return z
+        z, _, record = _forward(x.to(dtype), cast, turn, state.transpose(0, 1), form, _write_in_place)
+    keys, gates = record[:2]
+    assert keys is not None
+    assert gates is not None
+    return z, keys, gates
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:

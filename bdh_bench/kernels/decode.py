@@ -36,7 +36,7 @@ def read_sparse(query: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, fl
     batch, heads, neurons, width = state.shape
     keys = query.transpose(0, 1).reshape(-1)  # (B·H·N)
     rows = keys.nonzero().squeeze(1)
-    strength = keys[rows].to(state.dtype)
+    strength = keys.index_select(0, rows).to(state.dtype)
     flat = state.view(-1, width)
     bags = _bags(rows, batch * heads, neurons)
     read = F.embedding_bag(rows, flat, bags, mode="sum", per_sample_weights=strength)
@@ -54,17 +54,19 @@ def gate_dense(keys: Tensor, answer: Tensor, encoder_v: Tensor, decoder: Tensor)
 
 def gate_sparse(keys: Tensor, answer: Tensor, rows_v: Tensor, decoder: Tensor) -> Tensor:
     """The same on the neurons whose key is not zero; ``rows_v`` (H·N, D) is encoder_v with one row per neuron."""
-    heads, batch, neurons = keys.shape
-    flat = keys.transpose(0, 1).reshape(-1)  # (B·H·N)
+    return torch.cat([_gate_stream(keys[:, i], answer[:, i], rows_v, decoder) for i in range(keys.shape[1])])
+
+
+def _gate_stream(keys: Tensor, answer: Tensor, rows_v: Tensor, decoder: Tensor) -> Tensor:
+    """One stream: keys (H, N), answers (H, D) → z (1, D)."""
+    flat = keys.reshape(-1)
     active = flat.nonzero().squeeze(1)
-    neuron = active if batch == 1 else active % (heads * neurons)
-    answers = answer.transpose(0, 1).reshape(batch * heads, -1)
-    gates = (rows_v.index_select(0, neuron) * answers.index_select(0, active // neurons)).sum(-1)
-    gated = gates.relu_().mul_(flat[active])
-    per_stream = _bags(active, batch, heads * neurons)
-    return F.embedding_bag(
-        neuron, decoder.view(-1, decoder.shape[-1]), per_stream, mode="sum", per_sample_weights=gated
-    )
+    # Every picked neuron times the answers of all heads, then its own: one product instead of a gathered copy of answers.
+    crossed = rows_v.index_select(0, active) @ answer.mT  # (active, H)
+    gates = crossed.gather(1, (active // keys.shape[1]).unsqueeze(1)).squeeze(1)
+    gated = gates.relu_().mul_(flat.index_select(0, active))
+    weights = decoder.view(-1, decoder.shape[-1])
+    return F.embedding_bag(active, weights, active.new_zeros(1), mode="sum", per_sample_weights=gated)
 
 
 def _bags(rows: Tensor, count: int, size: int) -> Tensor:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -304,8 +304,23 @@ class Model(Streaming, nn.Module):
         x = _norm(self.embed(tokens))
         weights, by, form = memory.weights(self), self._turn(position, tokens.shape[1], x), self._form()
         for state in memory.values():
-            x = _norm(x + _norm(read_chunk(x, weights, by, state, form)))
+            x = _norm(x + _norm(read_chunk(x, weights, by, state, form)[0]))
         return x
+
+    @torch.no_grad()
+    def observe(self, memory: BdhMemory, position: int, tokens: Tensor) -> list[Activity]:
+        """Read tokens (B, T) into the memory and show, by pass, what was active. For the additive memory only."""
+        if self._plain:
+            raise SpecError("this memory has no kernel that shows its keys", "observe a bdh without delta and softmax")
+        x = _norm(self.embed(tokens))
+        weights, by, form = memory.weights(self), self._turn(position, tokens.shape[1], x), self._form()
+        shape = (self.config.n_head, *tokens.shape, -1)
+        seen = []
+        for state in memory.values():
+            z, keys, gates = read_chunk(x, weights, by, state, form)
+            seen.append(Activity(keys.view(shape), gates.view(shape), state))
+            x = _norm(x + _norm(z))
+        return seen
 
     def _step(self, memory: BdhMemory, position: int, tokens: Tensor) -> Tensor:
         """One token per stream (B, 1) → (B, 1, V); read before write, the memory is updated in place."""
@@ -390,6 +405,14 @@ class Model(Streaming, nn.Module):
         if self._plain:
             return "torch delta rule" if self.config.delta else "torch softmax over a growing cache"
         return "torch chunked linear attention, dense or sparse decoding"
+
+
+class Activity(NamedTuple):
+    """One pass over a piece: keys xs and gates ys (H, B, T, N), and the live state (B, H, N, D) after it."""
+
+    keys: Tensor
+    gates: Tensor
+    state: Tensor
 
 
 class BdhMemory(TensorMemory):

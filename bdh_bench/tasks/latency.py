@@ -5,7 +5,8 @@ each on a fork of the prefilled stream, argmax included. Raw windows are stored;
 untimed prefill and one untimed window come first.
 
 Caveats: this is one process (one round) on one machine; a comparison of models needs several interleaved rounds. ``tpot_s`` is the
-mean step of a window; forks are made outside the timed part.
+mean step of a window; forks are made outside the timed part. A model that decodes sparsely says so (axis ``path``), with the share
+of rows it touched beside it; on random weights, half of whose keys are active, sparse decoding is not timed unless ``force=1``.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """``steps`` per window, ``windows`` per depth, ``prefills`` repeats; ``batch_size`` streams."""
+    """``steps`` per window, ``windows`` per depth, ``prefills`` repeats; ``batch_size`` streams; ``force`` times sparse random weights."""
 
     steps: int = 32
     windows: int = 5
     prefills: int = 3
     batch_size: int = 1
+    force: int = 0
 
 
 @torch.inference_mode()
@@ -64,14 +66,31 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
         yield Measurement("prefill_s", prefill, length, batch, repeat=repeat)
         yield Measurement("ttft_s", first, length, batch, repeat=repeat)
     chosen = logits[:, -1:].argmax(-1)
-    _window(session.fork(), chosen, config.steps)
+    if _senseless(model, config, context):
+        reason = "about half of the keys of random weights are active, and sparse decoding of them says nothing of a trained model"
+        hint = "give trained weights, or latency:force=1"
+        yield Measurement(
+            "tpot_s", None, length, batch, axes={"path": "sparse"}, status="unsupported", reason=f"{reason} · {hint}"
+        )
+        return
+    warm = session.fork()
+    _window(warm, chosen, config.steps)
+    facts = warm.facts()
+    axes = {"path": str(facts["path"])} if "path" in facts else {}
+    for layer, share in facts.get("row_density", {}).items():
+        yield Measurement("row_density", share, length, batch, axes={"layer": layer})
     stamps: list[list[float]] = []
     for repeat in range(config.windows):
         context.progress("decode", repeat / config.windows, {"context": length})
         steps = _window(session.fork(), chosen, config.steps)
         stamps.append(steps)
-        yield Measurement("tpot_s", sum(steps) / len(steps), length, batch, repeat=repeat)
+        yield Measurement("tpot_s", sum(steps) / len(steps), length, batch, axes=axes, repeat=repeat)
     yield Arrays("steps", {"step_s": np.array(stamps)})
+
+
+def _senseless(model: Any, config: Config, context: TaskContext) -> bool:
+    sparse = getattr(getattr(model, "config", None), "mode", "") == "sparse"
+    return sparse and context.weights == "random" and not config.force
 
 
 def _synchronise(device: torch.device) -> None:
