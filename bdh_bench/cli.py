@@ -38,6 +38,7 @@ TrainContext = Annotated[int, typer.Option("--train-context", help="Bytes in one
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; without it, what torch chooses.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
+Regime = Annotated[str, typer.Option("--regime", help="crop, or carried: the state goes on through a document.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
 _PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
@@ -56,6 +57,7 @@ def run(
     device: Device = "cpu",
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
+    regime: Regime = "crop",
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -87,6 +89,7 @@ def run(
             threads,
             learning_rate,
             documents,
+            regime,
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
 
@@ -116,6 +119,7 @@ def _request(
     threads: int,
     learning_rate: float,
     documents: int,
+    regime: str,
 ) -> RunSpec:
     from bdh_bench.spec import RunSpec, parse_contexts, parse_models, require_positive
 
@@ -136,6 +140,7 @@ def _request(
         threads=threads,
         learning_rate=learning_rate,
         documents=documents,
+        regime=regime,
     )
 
 
@@ -221,11 +226,13 @@ def train(
     device: Device = "cpu",
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
+    regime: Regime = "crop",
     json_: Json = False,
 ) -> None:
     """Train one model, or find its checkpoint; print where the weights are and what they score on validation text."""
+    seeds = _seeds(None, seed)
     request = _request(
-        model, "long_ppl", data, "", train_bytes, train_context, _seeds(None, seed), device, threads, learning_rate, 10
+        model, "long_ppl", data, "", train_bytes, train_context, seeds, device, threads, learning_rate, 10, regime
     )
     if len(request.models) != 1:
         raise SpecError(f"got {len(request.models)} models · expected one")
@@ -243,9 +250,47 @@ def train(
         how = "found" if done["reused"] else f"trained in {done['seconds']:.0f} s"
         typer.echo(done["weights"])
         _say(
-            f"{done['model']}: {how}, {done['parameters']:,} parameters, {done['bytes']:,} bytes at rate "
-            f"{done['learning_rate']:g}, {done['validation_bits_per_byte']} bits per byte on validation text"
+            f"{done['model']}: {how}, {done['parameters']:,} parameters, {done['bytes']:,} bytes ({done['regime']}) at "
+            f"rate {done['learning_rate']:g}, {done['validation_bits_per_byte']} bits per byte on validation text"
         )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="NAME[@SIZE][:key=value]…")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option("--prompt-file", help="A file to go on from; - is stdin.")] = None,
+    max_bytes: Annotated[int, typer.Option("--max-bytes", help="How many bytes to write.")] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0 takes the likeliest byte, above it draws.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the draws.")] = 0,
+    save_state: Annotated[Path | None, typer.Option("--save-state", help="File for the state at the end.")] = None,
+    load_state: Annotated[Path | None, typer.Option("--load-state", help="Go on from such a file.")] = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+) -> None:
+    """Write bytes after a prompt, as they come, to stdout; the prompt is not repeated."""
+    from bdh_bench.generation import Request, begin
+
+    request = Request(model, prompt, prompt_file, max_bytes, temperature, seed, save_state, load_state, device, threads)
+    text = begin(request, _say)
+    try:
+        for token in text.write(max_bytes, temperature, seed):
+            sys.stdout.buffer.write(bytes([token]))
+            sys.stdout.buffer.flush()
+    except BrokenPipeError:  # here and not in main: the parser would make it exit code 1
+        _reader_has_gone()
+        return
+    finally:
+        if sys.stdout.isatty():
+            _say("")  # what comes next begins its own line
+    if save_state is not None:
+        text.save(save_state)
+    _say(
+        f"{max_bytes:,} bytes written, state {text.session.state_bytes:,} bytes"
+        + (f" · go on with --load-state {shlex.quote(str(save_state))}" if save_state else "")
+    )
 
 
 @app.command(name="list")
@@ -386,6 +431,11 @@ def _say(message: str) -> None:
     typer.echo(message, err=True)
 
 
+def _reader_has_gone() -> None:
+    """Let what is still buffered for a closed pipe go nowhere, silently."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _print_json(verb: str, status: str, data: Any, errors: list[dict[str, Any]] | None = None) -> None:
     envelope = {"schema": f"bdh-bench/{verb}/1", "status": status, "data": data, "errors": errors or []}
     typer.echo(json.dumps(envelope, ensure_ascii=False, allow_nan=False))
@@ -400,8 +450,8 @@ def main() -> None:
         code = _fail(arguments, error.exit_code, type(error).__name__, error.message, error.hint)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(arguments, 130, "Interrupted", "stopped by the user", "")
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _reader_has_gone()
         code = 0
     except Exception as error:
         code = _unexpected(arguments, error)

@@ -8,8 +8,8 @@
     │   ├── CheckpointError         2   weights that cannot be used with this model
     │   ├── StoreError              2   a runs folder that cannot be read or written
     │   └── MissingExtraError       2   an optional package is needed
-    ├── PositionLimitError          —   a model was asked to go past its last position
-    ├── SessionError                —   a stream was used wrongly
+    ├── PositionLimitError          2   a model was asked to go past its last position
+    ├── SessionError                2   a stream was used wrongly
     └── LawError                    6   a correctness gate failed
 
 The difference between an unknown name, a missing package and a broken file is kept: none is ever
@@ -73,9 +73,13 @@ class MissingExtraError(SpecError):
 class PositionLimitError(BenchError):
     """A model with a position limit was asked to read past it. Inputs are never truncated."""
 
+    exit_code = 2
+
 
 class SessionError(BenchError):
     """A stream was used wrongly: empty input, wrong batch, a file of another model."""
+
+    exit_code = 2
 
 
 class LawError(BenchError):

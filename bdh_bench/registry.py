@@ -1,7 +1,8 @@
 """Which models and tasks exist, told without importing any of them.
 
 The file name is the name: ``models/NAME.py`` is the model NAME, ``tasks/NAME.py`` the task NAME; a leading underscore
-hides a file. Packages outside add theirs by the entry-point groups ``bdh_bench.models`` and ``bdh_bench.tasks``.
+hides a file, and a file in ``models/`` that binds no name ``Model`` is theory about models and is not listed. Packages
+outside add theirs by the entry-point groups ``bdh_bench.models`` and ``bdh_bench.tasks``.
 
 What a listing needs is read from the source text (first docstring line, literal constants, the fields of ``Config``), so
 that ``list``, ``--help`` and the checks before a run start without torch. A model file defines
@@ -91,7 +92,8 @@ def check(spec: ModelSpec) -> Entry:
 def _entries(kind: str) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for path in sorted((_PACKAGE / kind).glob("[!_]*.py")):
-        found[path.stem] = _describe(kind, path.stem, "built in", f"bdh_bench.{kind}.{path.stem}", path)
+        if kind != "models" or _may_hold_a_model(path):
+            found[path.stem] = _describe(kind, path.stem, "built in", f"bdh_bench.{kind}.{path.stem}", path)
     for point in sorted(entry_points(group=f"bdh_bench.{kind}"), key=lambda p: p.name):
         origin = point.dist.name if point.dist else "unknown distribution"
         if point.name in found:
@@ -102,6 +104,26 @@ def _entries(kind: str) -> dict[str, Entry]:
         else:
             found[point.name] = _describe_plugin(kind, point, origin)
     return dict(sorted(found.items()))
+
+
+def _may_hold_a_model(path: Path) -> bool:
+    """Whether the file binds the name ``Model``; one that cannot be parsed may, and is listed with its problem."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return True
+    return any("Model" in _bound(node) for node in tree.body)
+
+
+def _bound(node: ast.stmt) -> set[str]:
+    """The names that a statement at the top of a file binds."""
+    if isinstance(node, ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.ImportFrom | ast.Import):
+        return {alias.asname or alias.name for alias in node.names}
+    if isinstance(node, ast.Assign):
+        return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return set()
 
 
 def _describe_plugin(kind: str, point: EntryPoint, origin: str) -> Entry:

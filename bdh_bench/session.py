@@ -10,7 +10,8 @@ Legend: B batch, T tokens in this call, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 
 from bdh_bench.errors import PositionLimitError, SessionError
 from bdh_bench.types import Keep
+
+_FORMAT = "bdh-bench/session/1"
+_NOTE = "note."  # keeps a caller's names apart from ours in the file's metadata
 
 
 class Memory(Protocol):
@@ -82,23 +86,20 @@ class Streaming:
 
     def restore(self, path: str | Path) -> StreamSession:
         """The session saved at ``path``. Raises SessionError for a damaged file or the file of another model."""
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise SessionError(f"cannot read a session from {path}: {error}", "save it again") from error
+        with _saved(path) as file:
+            meta = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if meta.get("fingerprint") != fingerprint(self):
             raise SessionError(
                 f"{path} was saved by another model · expected fingerprint {fingerprint(self)[:12]}, "
                 f"got {meta.get('fingerprint', 'none')[:12]}",
                 "restore it with the model, options and weights that saved it",
             )
-        batch_size = int(meta["batch_size"])
+        batch_size, length = _number(path, meta, "batch_size", 1), _number(path, meta, "length", 0)
         memory = self.memory(batch_size)
         device = next((p.device for p in _module(self).parameters()), torch.device("cpu"))
         memory.load({name: tensor.to(device) for name, tensor in tensors.items()})
-        return StreamSession(self, batch_size, memory, int(meta["length"]))
+        return StreamSession(self, batch_size, memory, length)
 
     def parameter_count(self) -> int:
         """Unique trainable parameters; a tensor used in several places counts once."""
@@ -163,19 +164,58 @@ class StreamSession:
         """An independent copy: extending one never changes the other."""
         return StreamSession(self.model, self.batch_size, self.memory.fork(), self.length)
 
-    def save(self, path: str | Path) -> None:
-        """Write state, length and fingerprint to ``path`` (safetensors); the file appears complete or not at all."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write state, length, fingerprint and the caller's ``notes`` to ``path`` (safetensors); ``saved_notes`` reads them back.
+
+        The file appears complete or not at all. Raises SessionError where it cannot be written.
+        """
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in self.memory.tensors().items()}
         meta = {
-            "format": "bdh-bench/session/1",
+            "format": _FORMAT,
             "fingerprint": fingerprint(self.model),
             "length": str(self.length),
             "batch_size": str(self.batch_size),
+            **{_NOTE + name: text for name, text in (notes or {}).items()},
         }
-        save_file({k: v.contiguous() for k, v in tensors.items()}, str(partial), metadata=meta)
-        partial.replace(path)
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, str(partial), metadata=meta)
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                partial.unlink()
+            raise SessionError(
+                f"cannot write a session to {path}: {error}", "check the folder and its space"
+            ) from error
+
+
+def saved_notes(path: str | Path) -> dict[str, str]:
+    """The notes that ``save`` was given for ``path``. Raises SessionError for a file that is no saved session."""
+    with _saved(path) as file:
+        return {k.removeprefix(_NOTE): v for k, v in file.metadata().items() if k.startswith(_NOTE)}
+
+
+@contextmanager
+def _saved(path: str | Path) -> Iterator[Any]:
+    """The opened file of a session."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if (file.metadata() or {}).get("format") != _FORMAT:
+                raise SessionError(f"{path} is no saved session · expected format {_FORMAT}", "save it again")
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise SessionError(f"cannot read a session from {path}: {error}", "save it again") from error
+
+
+def _number(path: str | Path, meta: Mapping[str, str], name: str, least: int) -> int:
+    text = meta.get(name, "")
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise SessionError(
+            f"{path} is damaged: got {name} {text or 'missing'!r} · expected a whole number of at least {least}",
+            "save it again",
+        )
+    return int(text)
 
 
 def _module(model: Streaming) -> nn.Module:

@@ -153,6 +153,7 @@ class RunSpec:
     learning_rate: float = 0.0
     documents: int = 10
     smoke: bool = False
+    regime: str = "crop"
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of this request."""

@@ -49,8 +49,8 @@ class Session(Protocol):
         """An independent copy."""
         ...
 
-    def save(self, path: str | Path) -> None:
-        """Write state, length and model fingerprint as safetensors."""
+    def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
+        """Write state, length, model fingerprint and the caller's notes as safetensors."""
         ...
 
 

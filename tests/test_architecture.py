@@ -27,6 +27,7 @@ _MAY_IMPORT = {
     "data": {"errors"},
     "sizing": {"errors", "spec"},
     "loading": {"errors", "spec", "registry", "sizing"},
+    "generation": {"errors", "spec", "registry", "loading", "session"},
     "models": {"errors", "types", "session", "kernels"},
     "tasks": {"errors", "types", "session", "data", "measure"},
     "training": {"errors", "data", "measure", "types"},

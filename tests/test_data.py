@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bdh_bench.data.corpus import SPLITS, name_hash, open_corpus
-from bdh_bench.data.pieces import TrainingText
+from bdh_bench.data.corpus import SPLITS, Document, name_hash, open_corpus
+from bdh_bench.data.pieces import CarriedText, TrainingText
 from bdh_bench.data.reference import order_bits, reference_lines
 from bdh_bench.data.targets import choose_longest, choose_targets
 from bdh_bench.errors import CorpusError, UnknownNameError
@@ -98,6 +98,55 @@ def test_pieces_repeat_for_a_seed_and_stay_inside_documents(tmp_path: Path) -> N
     assert first != [p.tobytes() for p in islice(text.pieces(4), 500)]
     assert all(len(set(p)) == 1 and len(p) == 40 for p in first)
     assert len(set(first)) == 12
+
+
+def _numbered(folder: Path, sizes: tuple[int, ...]) -> tuple[Document, ...]:
+    """Documents in which every byte says where it is: the high bits name the document."""
+    for i, size in enumerate(sizes):
+        (folder / f"{i}").write_bytes(bytes(64 * i + j for j in range(size)))
+    return tuple(sorted(open_corpus(f"path:{folder}").documents, key=lambda d: d.name))
+
+
+def test_every_byte_of_a_stretch_is_a_target_once_and_inputs_follow(tmp_path: Path) -> None:
+    documents = _numbered(tmp_path, (50, 11, 64))  # two rows of 6: four pieces (a tail of 2), none, five (a tail of 4)
+    text = CarriedText(documents, rows=2, length=6)
+    epoch = list(islice(text.pieces(0), 9))
+    read = np.concatenate([piece.targets.ravel() for piece in epoch])
+    assert sorted(read) == [*range(48), *range(128, 188)]
+    assert sum(piece.before is None for piece in epoch) == 2
+    for previous, piece in pairwise(epoch):
+        same = previous.targets[0, 0] // 64 == piece.targets[0, 0] // 64
+        assert same == (piece.before is not None)
+        if piece.before is not None:  # rows continue side by side, each from its own last byte
+            assert piece.before.tolist() == previous.targets[:, -1].tolist() == (piece.targets[:, 0] - 1).tolist()
+    first = next(piece for piece in epoch if piece.before is None and piece.targets[0, 0] == 0)
+    assert first.targets.tolist() == [[0, 1, 2, 3, 4, 5], [24, 25, 26, 27, 28, 29]]
+
+
+def test_carried_documents_come_in_a_new_order_every_epoch_and_can_be_skipped_to(tmp_path: Path) -> None:
+    text = CarriedText(_numbered(tmp_path, (24, 36, 48, 64)), rows=2, length=6)  # 2 + 3 + 4 + 5 pieces
+
+    def order(seed: int, skip: int, number: int) -> list[tuple[int, bool]]:
+        return [(int(p.targets[0, 0]), p.before is None) for p in islice(text.pieces(seed, skip), number)]
+
+    whole = order(3, 0, 14 * 6)
+    epochs = [whole[i : i + 14] for i in range(0, len(whole), 14)]
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3
+    assert whole != order(4, 0, 14 * 6)
+    for skip in (1, 2, 13, 14, 17, 45):
+        assert order(3, skip, 20) == whole[skip : skip + 20]
+
+
+def test_a_carry_limit_empties_the_state_inside_a_document(tmp_path: Path) -> None:
+    text = CarriedText(_numbered(tmp_path, (60, 60, 60)), rows=1, length=6, limit=20)  # 18 bytes fit, 24 do not
+    starts = [piece.before is None for piece in islice(text.pieces(0), 20)]
+    assert starts == [i % 10 % 3 == 0 for i in range(20)]
+
+
+def test_documents_too_short_for_the_rows_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match=r"holds 2 rows of 40 bytes .* --regime crop"):
+        CarriedText(_numbered(tmp_path, (50, 64, 79 - 20)), rows=2, length=40)
 
 
 def test_reference_models_on_known_text() -> None:

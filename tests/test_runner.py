@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from bdh_bench.errors import SpecError, StoreError, UnknownNameError
+from bdh_bench.results.report.page import cell_command, models_table
 from bdh_bench.results.store import Run, open_run
 from bdh_bench.runner.leases import boot_id, lease
 from bdh_bench.runner.plan import command_line, make_plan
@@ -214,6 +216,28 @@ def test_the_printed_command_asks_for_the_same_run() -> None:
     )
 
 
+def test_the_training_regime_reaches_the_weights_the_reference_lines_and_the_report(
+    tmp_path: Path, books: Path
+) -> None:
+    model, task = "llama:d_model=16:n_layer=1:n_head=2", "long_ppl:block=32:blocks=1"
+    crop = RunSpec((model,), (task,), f"path:{books}", (64,), 4096, 64, threads=1, learning_rate=1e-2)
+    carried = replace(crop, regime="carried")
+    assert command_line(carried) == command_line(crop).replace(" --learning-rate", " --regime carried --learning-rate")
+    plans = [make_plan(spec) for spec in (crop, carried)]
+    assert plans[0].cells[0].key != plans[1].cells[0].key
+    assert plans[0].references != plans[1].references  # fitted on the bytes that the models read
+    run = _go(carried, tmp_path)
+    assert run.cells[0].facts["training"]["regime"] == "carried"
+    row = {column: entry.text for column, entry in zip(*_models_of(run), strict=True)}
+    assert row["trained on"] == "4,096 bytes, carried up to 1,024"
+    assert "--regime carried" in cell_command(run, run.cells[0])
+
+
+def _models_of(run: Run) -> tuple[Any, Any]:
+    table = models_table(run)
+    return table.columns, table.rows[0]
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -227,6 +251,7 @@ def test_the_printed_command_asks_for_the_same_run() -> None:
         RunSpec(("bdh",), ("long_ppl",), contexts=(1 << 26,)),
         RunSpec(("bdh:weights=/no/file",), ("memory",)),
         RunSpec(("bdh",), ("memory",), device="tpu"),
+        RunSpec(("bdh",), ("long_ppl",), regime="carry"),
     ],
 )
 def test_impossible_requests_fail_before_anything_is_written(spec: RunSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def test_a_request_survives_toml(tmp_path: Path) -> None:
     )
     (tmp_path / "s.toml").write_text(to_toml(spec), encoding="utf-8")
     assert from_toml(tmp_path / "s.toml") == spec
-    assert from_toml(tmp_path / "s.toml").digest() == spec.digest()
+    assert from_toml(tmp_path / "s.toml").digest() == spec.digest() != replace(spec, regime="carried").digest()
+    assert RunSpec.from_mapping({"models": ["bdh"], "tasks": ["memory"]}).regime == "crop"  # as recorded before regimes
     with pytest.raises(UnknownNameError):
         RunSpec.from_mapping({"modles": ["bdh"]})

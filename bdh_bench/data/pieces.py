@@ -1,11 +1,17 @@
-"""In which order do training bytes come? The same for every model: one seeded sequence of random crops.
+"""In which order do training bytes come? The same for every model: one seeded sequence.
 
-A piece is the start symbol followed by T bytes; all T bytes are targets, so what goes in is the start symbol and the first T − 1.
+``TrainingText``: random crops. A piece is the start symbol followed by T bytes; all T bytes are targets, so what goes in is the
+start symbol and the first T − 1.
+
+``CarriedText``: whole documents. The B rows of a batch read B equal stretches of one document side by side, T bytes at a time;
+what goes in is each target's previous byte, and the start symbol where a row starts with an empty state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,3 +48,51 @@ class TrainingText:
                 before = self._crops[document - 1] if document else 0
                 start = self._starts[document] + number - before
                 yield self.text[start : start + self.length]
+
+
+@dataclass(frozen=True)
+class CarriedPiece:
+    """``targets`` (B, T); ``before`` (B,), the byte in front of each row, or None where all rows start with an empty state."""
+
+    targets: NDArray[np.uint8]
+    before: NDArray[np.uint8] | None
+
+
+class CarriedText:
+    """Training documents cut into ``rows`` equal stretches, read side by side in pieces of ``length`` bytes per row.
+
+    Rows start with an empty state when the document changes and, with a ``limit``, before a piece that would pass ``limit`` bytes
+    since the last empty state. Documents shorter than rows · length are skipped; a tail that fills no piece is dropped.
+    """
+
+    def __init__(self, documents: Sequence[Document], rows: int, length: int, limit: int | None = None) -> None:
+        step = rows * length
+        contents = [d.content for d in documents if len(d.content) >= step]
+        if not contents:
+            raise CorpusError(
+                f"no training document holds {rows} rows of {length:,} bytes",
+                "use longer documents, a shorter --train-context or --regime crop",
+            )
+        self.rows, self.length = rows, length
+        self._pieces = [len(c) // step for c in contents]
+        self._tables = [  # (B, bytes of a stretch)
+            np.frombuffer(c, dtype=np.uint8)[: n * step].reshape(rows, n * length)
+            for c, n in zip(contents, self._pieces, strict=True)
+        ]
+        self._carried = (
+            max(1, limit // length) if limit else max(self._pieces)
+        )  # pieces from one empty state to the next
+
+    def pieces(self, seed: int, skip: int = 0) -> Iterator[CarriedPiece]:
+        """An endless sequence; every epoch reads every document once, in an order of its own. ``skip`` pieces are passed over."""
+        first, skip = divmod(skip, sum(self._pieces))
+        for epoch in count(first):
+            for number in np.random.default_rng([seed, 0xCA44, epoch]).permutation(len(self._tables)):
+                for index in range(skip, self._pieces[number]):
+                    yield self._piece(self._tables[number], index)
+                skip = max(0, skip - self._pieces[number])
+
+    def _piece(self, table: NDArray[np.uint8], index: int) -> CarriedPiece:
+        start = index * self.length
+        before = table[:, start - 1] if index % self._carried else None
+        return CarriedPiece(table[:, start : start + self.length], before)

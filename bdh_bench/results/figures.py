@@ -177,7 +177,7 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
     """The figures for which the run has at least one value."""
     shown = best_points(points)
     built = (
-        quality_vs_context(shown, references_of(run), _train_context(run)),
+        quality_vs_context(shown, references_of(run), _train_context(run), _carried(run)),
         memory_vs_context(shown),
         peak_vs_context(shown),
         latency_vs_context(shown, "prefill_s"),
@@ -189,7 +189,10 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
 
 
 def quality_vs_context(
-    points: Sequence[Point], references: Sequence[tuple[str, float, str]] = (), train_context: int | None = None
+    points: Sequence[Point],
+    references: Sequence[tuple[str, float, str]] = (),
+    train_context: int | None = None,
+    carried: bool = False,
 ) -> Figure:
     """Bits per byte of the same targets against context; a model with a position limit is drawn as stopped."""
     everyone = [point for point in points if point.metric == QUALITY]
@@ -202,9 +205,12 @@ def quality_vs_context(
     if len(chosen) < len(everyone):
         notes.append("Controls are in the tables only: their scores would flatten the picture.")
     if train_context:
-        notes.append(
-            f"Models trained in this run saw {train_context:,} bytes at a time; what lies right of it is extrapolation."
+        meaning = (
+            "with a state carried through documents; no gradient reached further back."
+            if carried
+            else "what lies right of it is extrapolation."
         )
+        notes.append(f"Models trained in this run saw {train_context:,} bytes at a time; {meaning}")
     return _against_context(
         "quality", "Quality against context", chosen, "bits per byte", "bit/byte", "linear", lines, notes
     )
@@ -402,3 +408,7 @@ def _train_context(run: Run) -> int | None:
     value = finite(spec.get("train_context"))
     trained = any(cell.facts.get("weights") == "trained" for cell in run.cells)
     return int(value) if value and trained else None
+
+
+def _carried(run: Run) -> bool:
+    return (run.manifest.get("spec") or {}).get("regime") == "carried"

@@ -13,8 +13,9 @@ import shlex
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
@@ -23,7 +24,12 @@ from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNam
 from bdh_bench.results.store import canonical
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
+from bdh_bench.training.recipe import Recipe, check_regime
 from bdh_bench.types import Cell
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _FULL_DOCUMENTS = 20  # fewer test documents give a smoke result
 
@@ -89,6 +95,8 @@ def command_line(spec: RunSpec) -> str:
     for flag, name in (("--device", "device"), ("--threads", "threads"), ("--documents", "documents")):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
+    if spec.regime != plain.regime:
+        parts += ["--regime", spec.regime]
     if spec.learning_rate:
         parts += ["--learning-rate", f"{spec.learning_rate:g}"]
     return shlex.join(parts + (["--smoke"] if spec.smoke else []))
@@ -104,6 +112,7 @@ def make_plan(spec: RunSpec) -> Plan:
     for task in tasks:
         _check_task(task)
     _check_device(spec.device)
+    check_regime(spec.regime)
     reading = [t for t in tasks if _facts(t).get("reads")]
     corpus = open_corpus(spec.data) if reading else None
     contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
@@ -211,18 +220,26 @@ def _references(
     spec: RunSpec, corpus: Corpus, contexts: Sequence[int], config: dict[str, Any]
 ) -> tuple[tuple[dict[str, Any], ...], bool]:
     """The lines of models without learning, and whether there are too few documents to rank anything."""
-    from itertools import islice
-
-    import numpy as np
-
-    from bdh_bench.data.pieces import TrainingText
     from bdh_bench.data.reference import reference_lines
 
     targets = choose_targets(corpus.part("test"), max(contexts), config["block"], config["blocks"], spec.documents)
-    text = TrainingText(corpus.part("train"), spec.train_context)
-    crops = max(1, spec.train_bytes // spec.train_context)
-    train = np.concatenate(list(islice(text.pieces(spec.seeds[0]), crops)))
+    train = _training_bytes(spec, corpus.part("train"))
     return tuple(reference_lines(train, targets)), len(targets.documents) < _FULL_DOCUMENTS
+
+
+def _training_bytes(spec: RunSpec, documents: tuple[Document, ...]) -> NDArray[np.uint8]:
+    """What a model without a position limit reads in training, in that order."""
+    import numpy as np
+
+    from bdh_bench.data.pieces import CarriedText, TrainingText
+
+    seed, length = spec.seeds[0], spec.train_context
+    rows = Recipe(spec.train_bytes, length, 0.0, seed).batch(length) if spec.regime == "carried" else 1
+    count = max(1, spec.train_bytes // (rows * length))
+    if spec.regime == "carried":
+        carried = islice(CarriedText(documents, rows, length).pieces(seed), count)
+        return np.concatenate([piece.targets.ravel() for piece in carried])
+    return np.concatenate(list(islice(TrainingText(documents, length).pieces(seed), count)))
 
 
 def test_documents(corpus: Corpus, contexts: Sequence[int], config: dict[str, Any], most: int) -> tuple[Document, ...]:
@@ -273,6 +290,6 @@ def _cell(
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
     if facts.get("trains"):
-        inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate}
+        inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()
     return Cell(key, str(model), str(task), seed, context)

@@ -14,7 +14,7 @@ from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.training.checkpoints import Checkpoint
 from bdh_bench.training.loop import train
-from bdh_bench.training.recipe import Recipe, checkpoint_key
+from bdh_bench.training.recipe import Recipe, check_regime, checkpoint_key
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 
@@ -33,6 +33,7 @@ def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
+    check_regime(spec.regime)
     model_spec = parse_model(spec.models[0])
     registry.check(model_spec)
     corpus = open_corpus(spec.data)
@@ -56,6 +57,7 @@ def _identity(model: Any, model_spec: ModelSpec, spec: RunSpec, seed: int, corpu
     if not rate > 0:
         raise SpecError(f"{model_spec.family} has no default learning rate", "give --learning-rate")
     exact = native_bfloat16() if spec.device == "cpu" else True
-    recipe = Recipe(spec.train_bytes, spec.train_context, rate, seed, precision="bfloat16" if exact else "float32")
+    precision = "bfloat16" if exact else "float32"
+    recipe = Recipe(spec.train_bytes, spec.train_context, rate, seed, precision=precision, regime=spec.regime)
     code = source_digest(entry.module, "bdh_bench.training.loop")
     return recipe, checkpoint_key(recipe, str(model_spec), repr(model.config), corpus.manifest()["digest"], code)

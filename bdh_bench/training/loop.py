@@ -3,24 +3,29 @@
 A piece is the start symbol and T bytes, and every byte is a target. A model whose position table is longer than the training
 context learns on pieces of its table's length at equal total bytes, so that no position it is later scored at is untrained.
 
+In the regime ``carried`` B rows read a document side by side, piece after piece: the state goes on, the gradient does not. A carry
+ends at the document's edge. It ends earlier (``carry_limit``, bytes) at the last position of a model that has one, whose pieces are
+then equal parts of its table, and after 16 training contexts in a model whose state grows with every byte.
+
 Legend: B pieces per step, T bytes per piece, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from bdh_bench.data.corpus import Document
-from bdh_bench.data.pieces import TrainingText
+from bdh_bench.data.pieces import CarriedText, TrainingText
 from bdh_bench.errors import BenchError
 from bdh_bench.measure.clock import now_s
 from bdh_bench.training.checkpoints import Checkpoint, optimiser_tensors, restore_optimiser
@@ -29,6 +34,8 @@ from bdh_bench.training.recipe import Recipe
 _SAVE_EVERY_S = 20.0
 _CURVE_POINTS = 50
 _VALIDATION_PIECES = 128
+#: Training contexts after which a state that grows with every byte is emptied, so that memory does not follow the longest document.
+GROWING_CARRY = 16
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 
@@ -50,8 +57,8 @@ def train(
         model.eval()
         return {**report, "reused": True}
     checkpoint.prepare()
-    piece = model.max_positions if model.max_positions and model.max_positions > recipe.context else recipe.context
-    run = _Run(model, recipe, TrainingText(documents, piece), checkpoint)
+    reader = Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
+    run = _Run(model, recipe, reader, checkpoint)
     run.resume()
     try:
         run.finish(progress)
@@ -66,26 +73,28 @@ def train(
 class _Run:
     """One training from its first to its last step; ``step`` counts finished steps."""
 
-    def __init__(self, model: Any, recipe: Recipe, text: TrainingText, checkpoint: Checkpoint) -> None:
-        self.model, self.recipe, self.text, self.checkpoint = model, recipe, text, checkpoint
-        self.batch, self.steps = recipe.batch(text.length), recipe.steps(text.length)
+    def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint) -> None:
+        self.model, self.recipe, self.reader, self.checkpoint = model, recipe, reader, checkpoint
+        self.steps = recipe.steps(reader.length, reader.rows)
         self.optimiser = torch.optim.AdamW(
             _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True
         )
         self.step, self.seconds = 0, 0.0
         self.curve: list[tuple[int, float, float]] = []
         self._pending: list[Tensor] = []
+        self._inside = False  # a step is under way: weights, state and random numbers do not belong together
 
     def finish(self, progress: Progress) -> None:
         """All remaining steps."""
         self.model.train()
-        batches = self._batches()
         started = saved = now_s()
         before, first = self.seconds, self.step
         every = max(1, self.steps // _CURVE_POINTS)
         while self.step < self.steps:
-            self._pending.append(self._one(next(batches)))
+            self._inside = True
+            self._pending.append(self._one())
             self.step += 1
+            self._inside = False
             self.seconds = before + now_s() - started
             if self.step % every == 0 or self.step == self.steps:
                 bits = self._mark()
@@ -95,15 +104,16 @@ class _Run:
                 self.save()
                 saved = now_s()
 
-    def _one(self, pieces: Tensor) -> Tensor:
-        """One optimiser step on pieces (B, T); returns the mean loss in nats, still on the device."""
+    def _one(self) -> Tensor:
+        """One optimiser step on the next pieces; returns the mean loss in nats, still on the device."""
         rate = self.recipe.rate(self.step, self.steps)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with autocast(self.recipe.precision, pieces.device):
-            loss = piece_loss(self.model, pieces)
+        with autocast(self.recipe.precision, _device(self.model)):
+            loss = self.reader.loss()
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.reader.cut()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
         self.optimiser.step()
         return loss.detach()
@@ -114,28 +124,26 @@ class _Run:
         self._pending.clear()
         if not math.isfinite(bits):
             raise BenchError(f"the loss is {bits} after {self.step} steps", "use a smaller --learning-rate")
-        self.curve.append((self.step * self.batch * self.text.length, round(bits, 4), round(self.seconds, 2)))
+        read = self.step * self.reader.rows * self.reader.length
+        self.curve.append((read, round(bits, 4), round(self.seconds, 2)))
         return bits
-
-    def _batches(self) -> Iterator[Tensor]:
-        device = next(self.model.parameters()).device
-        pieces = self.text.pieces(self.recipe.seed, skip=self.step * self.batch)
-        while True:
-            yield torch.from_numpy(np.stack(list(islice(pieces, self.batch)))).to(device).long()
 
     def save(self) -> None:
         """Keep the state of the last closed stretch (open stretches have no mark yet and are done again)."""
-        if self._pending:
+        if self._pending or self._inside:
             return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | optimiser_tensors(self.optimiser)
+        tensors |= {f"state.{k}": v for k, v in self.reader.state().items()}
         tensors["random_state"] = torch.get_rng_state()
-        self.checkpoint.save_partial(tensors, {"step": self.step, "seconds": self.seconds, "curve": self.curve})
+        facts = {"step": self.step, "seconds": self.seconds, "curve": self.curve, "position": self.reader.position}
+        self.checkpoint.save_partial(tensors, facts)
 
     def resume(self) -> None:
         """Go on from a partial checkpoint, if there is one; else start from the recipe's seed."""
         torch.manual_seed(self.recipe.seed)
         kept = self.checkpoint.load_partial()
         if kept is None:
+            self.reader.begin(0)
             return
         tensors, facts = kept
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -143,15 +151,20 @@ class _Run:
         torch.set_rng_state(tensors["random_state"])
         self.step, self.seconds = facts["step"], facts["seconds"]
         self.curve = [tuple(point) for point in facts["curve"]]
+        carried = {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}
+        self.reader.begin(self.step, carried, facts["position"])
 
     def report(self, validation: float | None) -> dict[str, Any]:
         """What the fairness card and the training curve need."""
-        recipe = self.recipe
+        recipe, reader = self.recipe, self.reader
         return {
-            "bytes": self.steps * self.batch * self.text.length,
+            "bytes": self.steps * reader.rows * reader.length,
             "context": recipe.context,
-            "piece_bytes": self.text.length,
-            "batch": self.batch,
+            "regime": recipe.regime,
+            "reset": reader.reset,
+            "carry_limit": reader.carry_limit,
+            "piece_bytes": reader.length,
+            "batch": reader.rows,
             "steps": self.steps,
             "learning_rate": recipe.learning_rate,
             "precision": recipe.precision,
@@ -161,6 +174,128 @@ class _Run:
             "validation_bits_per_byte": validation,
             "curve": self.curve,
         }
+
+
+class Reader(Protocol):
+    """What a step reads: ``rows`` pieces of ``length`` bytes, and what the model remembers when it reads them.
+
+    ``position`` counts the bytes per row since the last empty state; ``reset`` and ``carry_limit`` say when it is emptied.
+    """
+
+    rows: int
+    length: int
+    reset: str
+
+    @property
+    def position(self) -> int: ...
+
+    @property
+    def carry_limit(self) -> int | None: ...
+
+    def begin(self, step: int, carried: dict[str, Tensor] | None = None, position: int = 0) -> None:
+        """Start before ``step``; ``carried`` and ``position`` are what ``state`` and ``position`` were there."""
+
+    def loss(self) -> Tensor:
+        """Mean loss in nats of the next pieces, differentiable."""
+
+    def cut(self) -> None:
+        """End the gradient here."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What must be kept for the next piece."""
+
+
+class Crops:
+    """Independent random pieces, each from an empty state."""
+
+    position, reset, carry_limit = 0, "piece", None
+
+    def __init__(self, model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> None:
+        self.model, self.seed = model, recipe.seed
+        self.length = _crop_length(model, recipe.context)
+        self.rows = recipe.batch(self.length)
+        self._text = TrainingText(documents, self.length)
+
+    def begin(self, step: int, carried: dict[str, Tensor] | None = None, position: int = 0) -> None:
+        self._pieces = self._text.pieces(self.seed, skip=step * self.rows)
+
+    def loss(self) -> Tensor:
+        return piece_loss(self.model, _tokens(np.stack(list(islice(self._pieces, self.rows))), self.model))
+
+    def cut(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+
+class Carried:
+    """Consecutive pieces of one document per row, through a session that goes on from piece to piece."""
+
+    reset = "document"
+
+    def __init__(self, model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> None:
+        self.model, self.seed = model, recipe.seed
+        self.length, self.carry_limit = _carry(model, recipe.context)
+        crop = _crop_length(model, recipe.context)
+        self.rows = max(1, round(recipe.batch(crop) * crop / self.length))  # as many bytes per step as in crops
+        self._text = CarriedText(documents, self.rows, self.length, self.carry_limit)
+        self._session: Any = None
+
+    @property
+    def position(self) -> int:
+        return self._session.length if self._session is not None else 0
+
+    def begin(self, step: int, carried: dict[str, Tensor] | None = None, position: int = 0) -> None:
+        self._pieces = self._text.pieces(self.seed, skip=step)
+        self._session = None
+        if carried:
+            self._session = self.model.session(self.rows)
+            self._session.memory.load({k: v.to(_device(self.model)) for k, v in carried.items()})
+            self._session.length = position
+
+    def loss(self) -> Tensor:
+        piece = next(self._pieces)
+        targets = _tokens(piece.targets, self.model)
+        if piece.before is None:
+            self._session = self.model.session(self.rows)
+            before = targets.new_full((self.rows,), self.model.start_symbol)
+        else:
+            before = _tokens(piece.before, self.model)
+        logits = self._session.extend(torch.cat((before[:, None], targets[:, :-1]), 1), keep="all")  # (B, T, V)
+        return _mean_loss(logits, targets)
+
+    def cut(self) -> None:
+        self._session.detach()
+
+    def state(self) -> dict[str, Tensor]:
+        return self._session.memory.tensors() if self._session is not None else {}
+
+
+def _crop_length(model: Any, context: int) -> int:
+    """The bytes of a crop: the training context, or all of a longer position table."""
+    return max(model.max_positions or 0, context)
+
+
+def _carry(model: Any, context: int) -> tuple[int, int | None]:
+    """The bytes of a piece, and those after which a carry ends inside a document (None: never)."""
+    positions = model.max_positions
+    if positions is None:
+        grows = model.state_bytes(1, 2 * context) > model.state_bytes(1, context)
+        return context, GROWING_CARRY * context if grows else None
+    if positions <= context:
+        return context, context
+    parts = math.ceil(positions / context)
+    return positions // parts, positions // parts * parts
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _tokens(text: NDArray[np.uint8], model: Any) -> Tensor:
+    """The same numbers on the model's device."""
+    return torch.from_numpy(text.astype(np.int64)).to(_device(model))
 
 
 def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
@@ -177,7 +312,11 @@ def piece_loss(model: Any, pieces: Tensor) -> Tensor:
     """Mean negative log-likelihood in nats of every byte of pieces (B, T) after the start symbol."""
     start = pieces.new_full((pieces.shape[0], 1), model.start_symbol)
     logits = model.logits(torch.cat((start, pieces[:, :-1]), 1))  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), pieces.flatten())
+    return _mean_loss(logits, pieces)
+
+
+def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -189,7 +328,10 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 @torch.inference_mode()
 def validation_bits(model: Any, documents: tuple[Document, ...], recipe: Recipe) -> float | None:
-    """Bits per byte on fixed validation pieces of the training context; None where no document is long enough."""
+    """Bits per byte on fixed validation pieces of the training context, each from an empty state in either regime.
+
+    None where no document is long enough.
+    """
     if not any(len(d.content) >= recipe.context for d in documents):
         return None
     text = TrainingText(documents, recipe.context)

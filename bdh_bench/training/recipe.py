@@ -2,6 +2,10 @@
 
 Defaults: AdamW (0.9, 0.95), weight decay 0.1, 5 % warm-up, cosine down to 10 %, clipping at norm 1, no dropout, a byte budget.
 The learning rate is the one thing that differs by family; see ``specs/`` for the sweep behind the defaults.
+
+Regimes: ``crop`` trains on independent random pieces, each from an empty state; ``carried`` on consecutive pieces of a document,
+passing the state on and cutting the gradient at the piece edge (truncated back-propagation through time). Models are compared
+within one regime only.
 """
 
 from __future__ import annotations
@@ -10,6 +14,16 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
+
+from bdh_bench.errors import UnknownNameError
+
+REGIMES = ("crop", "carried")
+
+
+def check_regime(regime: str) -> None:
+    """Raise UnknownNameError for a regime that does not exist."""
+    if regime not in REGIMES:
+        raise UnknownNameError("training regime", regime, REGIMES)
 
 
 @dataclass(frozen=True)
@@ -26,14 +40,18 @@ class Recipe:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     precision: str = "float32"
+    regime: str = "crop"
+
+    def __post_init__(self) -> None:
+        check_regime(self.regime)
 
     def batch(self, piece: int) -> int:
         """Pieces per step for pieces of this length."""
         return max(1, round(self.batch_bytes / piece))
 
-    def steps(self, piece: int) -> int:
-        """Steps that use up the byte budget."""
-        return max(1, round(self.bytes / (self.batch(piece) * piece)))
+    def steps(self, piece: int, rows: int | None = None) -> int:
+        """Steps of ``rows`` pieces (without it, as many as ``batch`` says) that use up the byte budget."""
+        return max(1, round(self.bytes / ((rows or self.batch(piece)) * piece)))
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate at ``step`` (0-based): linear warm-up, then cosine to ``final_share``."""

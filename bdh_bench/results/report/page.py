@@ -71,11 +71,19 @@ def _model_row(cell: CellOutcome) -> tuple[str, ...]:
         cell.family,
         GAP if parameters is None else count(parameters),
         str(facts.get("weights") or GAP),
-        GAP if read is None else f"{count(read)} bytes",
+        GAP if read is None else f"{count(read)} bytes{_regime(training)}",
         number(finite(training.get("validation_bits_per_byte")), "bit/byte"),
         "any" if facts and limit is None else GAP if limit is None else count(limit),
         str(facts.get("kernels") or GAP),
     )
+
+
+def _regime(training: Mapping[str, Any]) -> str:
+    """How pieces followed each other in training, and after how many bytes a carried state was emptied."""
+    if "regime" not in training:
+        return ""
+    limit = finite(training.get("carry_limit"))
+    return f", {training['regime']}" + (f" up to {count(limit)}" if limit is not None else "")
 
 
 def render(content: Content, plotly_js: str | None = None) -> str:
@@ -182,7 +190,7 @@ def cell_command(run: Run, cell: CellOutcome) -> str:
     for option, name in (("--data", "data"), ("--train-bytes", "train_bytes"), ("--train-context", "train_context")):
         if isinstance(spec.get(name), str | int):
             parts += [option, str(spec[name])]
-    for option, name in (("--device", "device"), ("--threads", "threads")):
+    for option, name in (("--device", "device"), ("--threads", "threads"), ("--regime", "regime")):
         if isinstance(spec.get(name), str | int):
             parts += [option, str(spec[name])]
     return plain(shlex.join(parts + (["--smoke"] if spec.get("smoke") else [])))
