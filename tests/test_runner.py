@@ -9,17 +9,20 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bdh_bench.data.corpus import open_corpus
+from bdh_bench.data.pieces import CarriedText
 from bdh_bench.errors import SpecError, StoreError, UnknownNameError
 from bdh_bench.results.report.page import cell_command, models_table
 from bdh_bench.results.store import Run, open_run
 from bdh_bench.runner.leases import boot_id, lease
-from bdh_bench.runner.plan import command_line, make_plan
+from bdh_bench.runner.plan import _training_bytes, command_line, make_plan
 from bdh_bench.runner.run import execute, exit_code, prepare, tally
 from bdh_bench.spec import RunSpec
 
@@ -225,7 +228,12 @@ def test_the_training_regime_reaches_the_weights_the_reference_lines_and_the_rep
     assert command_line(carried) == command_line(crop).replace(" --learning-rate", " --regime carried --learning-rate")
     plans = [make_plan(spec) for spec in (crop, carried)]
     assert plans[0].cells[0].key != plans[1].cells[0].key
-    assert plans[0].references != plans[1].references  # fitted on the bytes that the models read
+    documents = open_corpus(carried.data).part("train")
+    pieces = islice(CarriedText(documents, 8, 64).pieces(0), 8)
+    # the reference lines are fitted on the bytes that the models read
+    assert np.array_equal(_training_bytes(carried, documents), np.concatenate([p.targets.ravel() for p in pieces]))
+    assert len(_training_bytes(crop, documents)) == 4096
+    assert plans[0].references != plans[1].references
     run = _go(carried, tmp_path)
     assert run.cells[0].facts["training"]["regime"] == "carried"
     row = {column: entry.text for column, entry in zip(*_models_of(run), strict=True)}
