@@ -435,7 +435,8 @@ def test_bad_input_gives_one_clear_error(arguments: list[object], says: str, run
 def _process(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "bdh_bench.cli", "generate", *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=os.environ)
+    plain = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # it would flush in our place
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=plain)
 
 
 def test_stdin_is_a_prompt() -> None:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from bdh_bench.data.corpus import Document
 from bdh_bench.data.pieces import CarriedText, TrainingText
 from bdh_bench.errors import BenchError
+from bdh_bench.measure.allocator import keep_freed_memory
 from bdh_bench.measure.clock import now_s
 from bdh_bench.training.checkpoints import Checkpoint, optimiser_tensors, restore_optimiser
 from bdh_bench.training.recipe import Recipe
@@ -57,6 +58,7 @@ def train(
         model.eval()
         return {**report, "reused": True}
     checkpoint.prepare()
+    keep_freed_memory()
     reader = Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
     run = _Run(model, recipe, reader, checkpoint)
     run.resume()
