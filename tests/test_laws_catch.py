@@ -225,7 +225,7 @@ BUGS: dict[type[Any], set[str]] = {
     MixesRows: {_ROWS},
     MixesRowsInSession: {_ROWS},
     SharedFork: {_FORK},
-    OneMemoryForAll: {_FORK, _CENSUS},
+    OneMemoryForAll: {_CENSUS},
     HidesALayer: {_FORK, _RESTORE, _CENSUS},
     RestoresAnything: {_RESTORE, _ELSEWHERE},
     WrongFormula: {_CENSUS},
