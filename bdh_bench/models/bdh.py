@@ -49,7 +49,7 @@ _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64"
 
 #: ``auto`` decodes a pass sparsely where fewer of its rows than this are active and its state is at least so large: below
 #: that the dense step is faster (``make bench-engine`` prints where the two meet).
-BREAK_EVEN_DENSITY = 0.3
+BREAK_EVEN_DENSITY = 0.4
 _SPARSE_BYTES = 8 * 2**20
 _LOOK_EVERY = 32  # tokens between two looks at the density
 
