@@ -59,12 +59,6 @@ def split_order(weight: Tensor) -> Tensor:
     return pairs.mT.flatten(-2)
 
 
-def published_order(weight: Tensor) -> Tensor:
-    """The inverse of ``split_order``."""
-    halves: Tensor = weight.unflatten(-1, (2, -1))
-    return halves.mT.flatten(-2)
-
-
 def rotate(keys: Tensor, by: Turn) -> Tensor:
     """Rotate keys (…, T, N), in split order, by a turn of their own dtype: (u, w) → (u·cos − w·sin, w·cos + u·sin)."""
     (u, w), (cos, sin) = keys.chunk(2, -1), by

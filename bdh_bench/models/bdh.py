@@ -466,10 +466,6 @@ class BdhMemory(TensorMemory):
         path = "sparse" if all(sparse) else ("mixed" if any(sparse) else "dense")
         return {"path": path, "row_density": dict(self.density)}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the tensors; what was measured and packed stays."""
-        super().load(tensors)
-
     def fork(self) -> BdhMemory:
         """An independent copy; the packed weights, which never change, are shared."""
         copy = BdhMemory({name: tensor.clone() for name, tensor in self.items()})
