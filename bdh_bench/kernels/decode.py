@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_BLOCK = 4096  # rows gathered at a time: their storage is small enough to be reused instead of fetched anew
+
 
 def read_dense(query: Tensor, value: Tensor, state: Tensor, fade: Tensor | None = None) -> Tensor:
     """Read, then write in place: keys (H, B, N), value (B, D), state (B, H, N, D) → reads (H, B, D).
@@ -41,8 +43,9 @@ def read_sparse(query: Tensor, value: Tensor, state: Tensor) -> tuple[Tensor, fl
     bags = _bags(rows, batch * heads, neurons)
     read = F.embedding_bag(rows, flat, bags, mode="sum", per_sample_weights=strength)
     value = value.to(state.dtype)
-    written = value if batch == 1 else value[rows // (heads * neurons)]
-    flat.index_add_(0, rows, strength.unsqueeze(1) * written)
+    for some, by in zip(rows.split(_BLOCK), strength.split(_BLOCK), strict=True):
+        written = value if batch == 1 else value[some // (heads * neurons)]
+        flat.index_add_(0, some, by.unsqueeze(1) * written)
     return read.view(batch, heads, width).transpose(0, 1).to(query.dtype), len(rows) / len(keys)
 
 
@@ -62,7 +65,7 @@ def _gate_stream(keys: Tensor, answer: Tensor, rows_v: Tensor, decoder: Tensor) 
     flat = keys.reshape(-1)
     active = flat.nonzero().squeeze(1)
     # Every picked neuron times the answers of all heads, then its own: one product instead of a gathered copy of answers.
-    crossed = rows_v.index_select(0, active) @ answer.mT  # (active, H)
+    crossed = torch.cat([rows_v.index_select(0, some) @ answer.mT for some in active.split(_BLOCK)])  # (active, H)
     gates = crossed.gather(1, (active // keys.shape[1]).unsqueeze(1)).squeeze(1)
     gated = gates.relu_().mul_(flat.index_select(0, active))
     weights = decoder.view(-1, decoder.shape[-1])
