@@ -1,7 +1,7 @@
 """What determines a trained checkpoint? The recipe, shared by every architecture, and the key it gives.
 
 Defaults: AdamW (0.9, 0.95), weight decay 0.1, 5 % warm-up, cosine down to 10 %, clipping at norm 1, no dropout, a byte budget.
-The learning rate is the one thing that differs by family; see ``specs/`` for the sweep behind the defaults.
+The learning rate is the one thing that differs by family; see ``results/learning-rate-sweep-quick.csv`` for the sweep behind the defaults.
 
 Regimes: ``crop`` trains on independent random pieces, each from an empty state; ``carried`` on consecutive pieces of a document,
 passing the state on and cutting the gradient at the piece edge (truncated back-propagation through time). Models are compared
