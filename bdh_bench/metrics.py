@@ -39,6 +39,14 @@ _TABLE = (
         "ratio",
     ),
     Metric(
+        "stream_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per byte (stream)",
+        "Mean negative log2-likelihood of every byte of a document read once from an empty state to its end.",
+        "ratio",
+    ),
+    Metric(
         "state_bytes",
         "byte",
         "lower",

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bdh_bench.errors import PositionLimitError, SessionError
-from bdh_bench.types import Keep
+from bdh_bench.types import Keep, Tokenizer
 
 _FORMAT = "bdh-bench/session/1"
 _NOTE = "note."  # keeps a caller's names apart from ours in the file's metadata
@@ -66,7 +66,7 @@ class Streaming:
     vocab_size: int
     max_positions: int | None = None
     start_symbol: int | None = 10  # the newline byte
-    tokenizer: Any = None  # None: tokens are bytes
+    tokenizer: Tokenizer | None = None  # None: tokens are bytes
 
     if TYPE_CHECKING:
 

@@ -8,13 +8,14 @@ Legend: B batch (streams), T tokens in this call, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
 Keep = Literal["last", "all"]
@@ -26,6 +27,29 @@ MEASURED_STATUSES = frozenset({"ok", "noisy", "unsteady", "throttled"})
 RESULT_STATUSES = frozenset({"unsupported", "skipped", "oom_host", "oom_cuda"})
 #: Not final: such a cell runs again on resume.
 UNFINISHED_STATUSES = frozenset({"interrupted", "infra"})
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A text as tokens: ``ids`` (N,) and ``ends`` (N,), the byte offset at which the span of each token ends.
+
+    Spans lie end to end from offset 0 and cover the text. Several tokens may share one byte: all but the last end where they start.
+    """
+
+    ids: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+
+class Tokenizer(Protocol):
+    """Between raw bytes and token ids, with the span of every token in the raw bytes; never by decoding and encoding again."""
+
+    def encode(self, content: bytes) -> Encoding:
+        """Raises CorpusError for bytes whose spans this tokenizer cannot give."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The bytes of these tokens; special tokens have none."""
+        ...
 
 
 class Session(Protocol):
@@ -59,6 +83,7 @@ class LanguageModel(Protocol):
     """A torch module that predicts the next token, with a stream form of the same arithmetic."""
 
     vocab_size: int
+    tokenizer: Tokenizer | None  # None: the tokens are the 256 bytes
     max_positions: int | None
     start_symbol: int | None
 
@@ -118,7 +143,7 @@ class Arrays:
     """Raw arrays that a task wants kept beside its measurements, written as one compressed npz."""
 
     name: str
-    arrays: Mapping[str, np.ndarray[Any, Any]]
+    arrays: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import torch
 from bdh_bench import load_model
 from bdh_bench.data.corpus import open_corpus
 from bdh_bench.data.targets import choose_targets
+from bdh_bench.errors import CorpusError, LawError, PositionLimitError
 from bdh_bench.measure import memory
+from bdh_bench.session import Streaming
 from bdh_bench.tasks import long_ppl
-from bdh_bench.tasks._scoring import score_stream
-from bdh_bench.types import Arrays, Measurement, TaskContext
+from bdh_bench.tasks._scoring import Units, score_after, score_document, score_stream, spread
+from bdh_bench.types import Arrays, Encoding, Measurement, TaskContext
 
 
 def _context(folder: Path, contexts: tuple[int, ...]) -> TaskContext:
@@ -27,8 +29,12 @@ def _context(folder: Path, contexts: tuple[int, ...]) -> TaskContext:
 
 def _sweep(model: Any, folder: Path, contexts: tuple[int, ...]) -> tuple[list[Measurement], dict[str, Any]]:
     items = list(long_ppl.run(model, long_ppl.Config(), _context(folder, contexts)))
-    arrays = next(dict(i.arrays) for i in items if isinstance(i, Arrays))
-    return [i for i in items if isinstance(i, Measurement)], arrays
+    arrays = next(dict(i.arrays) for i in items if isinstance(i, Arrays) and i.name == "bits")
+    return _rows(items), arrays
+
+
+def _rows(items: list[Any], metric: str = "bits_per_byte") -> list[Measurement]:
+    return [i for i in items if isinstance(i, Measurement) and i.metric == metric]
 
 
 @pytest.fixture
@@ -50,10 +56,10 @@ def test_copy_is_zero_on_repeated_blocks_and_eight_without_context(periodic: Pat
     rows, _ = _sweep(load_model("toy:copy"), periodic, (128, 256, 512))
     assert max(abs(r.value or 0.0) for r in rows) <= 1e-9
     items = list(long_ppl.run(load_model("toy:copy"), long_ppl.Config(block=32), _context(periodic, (64, 128))))
-    rows = [i for i in items if isinstance(i, Measurement)]
+    rows = _rows(items)
     assert max(abs(r.value or 0.0) for r in rows) <= 1e-9
     items = list(long_ppl.run(load_model("toy:copy"), long_ppl.Config(block=16), _context(periodic, (32,))))
-    assert all(r.value == 8.0 for r in items if isinstance(r, Measurement))
+    assert all(r.value == 8.0 for r in _rows(items))
 
 
 @pytest.mark.parametrize("shift", [63, 65])
@@ -93,15 +99,15 @@ def test_a_position_limit_ends_the_line_and_truncates_nothing(books: Path) -> No
 
 def test_the_stream_score_counts_every_byte_once(books: Path) -> None:
     content = (books / "book00.txt").read_bytes()
-    bits = np.concatenate(list(score_stream(load_model("toy:uniform"), content)))
-    assert len(bits) == len(content)
-    assert float(bits.sum()) == 8.0 * len(content)
+    units = score_document(load_model("toy:uniform"), content)
+    assert len(units.bits) == units.byte_count == len(content)
+    assert float(units.bits.sum()) == 8.0 * len(content)
     model = load_model("bdh:n_layer=2:n_embd=16:n_head=2:mlp_internal_dim_multiplier=4")
     tokens = torch.tensor([10, *content])
     with torch.inference_mode():
         logp = model.logits(tokens[None, :-1])[0].log_softmax(-1)
     truth = -logp.gather(1, tokens[1:, None])[:, 0] / math.log(2)
-    assert np.abs(np.concatenate(list(score_stream(model, content))) - truth.numpy()).max() < 1e-3
+    assert np.abs(score_document(model, content).bits - truth.numpy()).max() < 1e-3
 
 
 def test_memory_of_scoring_64_kib_with_bdh_does_not_grow() -> None:
@@ -120,3 +126,101 @@ def test_memory_of_scoring_64_kib_with_bdh_does_not_grow() -> None:
             pass
         peaks.append(memory.peak_resident_bytes() - before)
     assert peaks[1] <= peaks[0] + 4 * 2**20
+
+
+# -- models with a tokenizer of their own --------------------------------------------------------------------------------
+
+
+class PairTokenizer:
+    """Two bytes to a token (id 256 · first + second); a last single byte has an id of its own. ``drift`` damages the spans."""
+
+    def __init__(self, drift: int = 0) -> None:
+        self.drift = drift
+
+    def encode(self, content: bytes) -> Encoding:
+        ids = [256 * a + b for a, b in zip(content[::2], content[1::2], strict=False)]
+        ids += [65_536 + content[-1]] if len(content) % 2 else []
+        ends = [min(2 * i + 2, len(content)) for i in range(len(ids))]
+        return Encoding(np.array(ids, dtype=np.int64), np.array(ends, dtype=np.int64) + self.drift)
+
+    def decode(self, ids: Any) -> bytes:
+        raise CorpusError("not needed here")
+
+
+class Pairs(Streaming, torch.nn.Module):
+    """Every token equally likely, so that a text costs log2(V) bits per token, whatever its bytes."""
+
+    vocab_size = 65_536 + 256
+    start_symbol: int | None = 0
+
+    def __init__(self, start_symbol: int | None = 0, limit: int | None = None, drift: int = 0) -> None:
+        super().__init__()
+        self.tokenizer = PairTokenizer(drift)
+        self.start_symbol, self.max_positions = start_symbol, limit
+
+    def memory(self, batch_size: int) -> Any:
+        return load_model("toy:uniform").memory(batch_size)
+
+    def advance(self, memory: Any, position: int, tokens: torch.Tensor, keep: Any) -> torch.Tensor:
+        return torch.zeros(*(tokens if keep == "all" else tokens[:, -1:]).shape, self.vocab_size)
+
+    def state_bytes(self, batch_size: int, context: int) -> int:
+        return 0
+
+
+_PER_TOKEN = math.log2(65_536 + 256)
+
+
+def test_bits_of_tokens_are_divided_by_raw_bytes() -> None:
+    content = "naïve 🐉 text\r\n".encode() * 60 + b"\xff"  # the odd last byte is a token of its own
+    units = score_document(Pairs(), content)
+    assert units.byte_count == len(content)
+    assert units.bits.sum() / units.byte_count == pytest.approx(_PER_TOKEN * ((len(content) + 1) // 2) / len(content))
+    skipping = score_document(Pairs(start_symbol=None), content)
+    assert (skipping.start, skipping.byte_count, len(skipping.bits)) == (2, len(content) - 2, len(units.bits) - 1)
+
+
+def test_a_ledger_that_does_not_close_is_refused() -> None:
+    with pytest.raises(LawError, match="does not close"):
+        score_document(Pairs(drift=1), b"some text")
+
+
+def test_a_tokenised_block_costs_the_same_after_every_context_and_in_sum() -> None:
+    target = np.frombuffer(b"abcdefg", dtype=np.uint8)
+    for context in (b"x", b"xy", b"some words before it"):
+        bits = score_after(Pairs(), np.frombuffer(context, dtype=np.uint8)[None], target[None])
+        assert bits.shape == (1, 7)
+        assert bits.sum() == pytest.approx(4 * _PER_TOKEN, rel=1e-6)
+        assert bits[0, 0] == pytest.approx(_PER_TOKEN / 2)
+
+
+def test_a_token_without_bytes_pays_at_the_next_byte() -> None:
+    units = Units(np.array([1.0, 2.0, 6.0], np.float32), np.array([1, 1, 3]), 0)
+    assert spread(units).tolist() == [1.0, 4.0, 4.0]
+
+
+def test_a_tokenised_position_limit_counts_tokens_and_truncates_nothing() -> None:
+    content = b"0123456789"
+    assert score_document(Pairs(limit=5), content).byte_count == 10
+    with pytest.raises(PositionLimitError, match="5 tokens needs more than its 4"):
+        score_document(Pairs(limit=4), content)
+    text = np.frombuffer(content, dtype=np.uint8)[None]
+    assert score_after(Pairs(limit=10), text, text).shape == (1, 10)
+    with pytest.raises(PositionLimitError):
+        score_after(Pairs(limit=9), text, text)
+
+
+def test_the_stream_metric_is_the_ratio_over_the_stored_bits(books: Path) -> None:
+    model = load_model("bdh:n_layer=2:n_embd=16:n_head=2:mlp_internal_dim_multiplier=4")
+    items = list(long_ppl.run(model, long_ppl.Config(stream_bytes=700), _context(books, (128,))))
+    rows = _rows(items, "stream_bits_per_byte")
+    arrays = next(dict(i.arrays) for i in items if isinstance(i, Arrays) and i.name == "stream")
+    assert len(rows) == len(arrays["documents"])
+    for index, row in enumerate(rows):
+        assert row.sample == arrays["documents"][index]
+        assert row.weight == len(arrays[f"bits_{index}"]) == 700
+        assert row.value == pytest.approx(float(arrays[f"bits_{index}"].astype(float).mean()), abs=1e-12)
+    stopped = _rows(
+        list(long_ppl.run(load_model("gpt2"), long_ppl.Config(), _context(books, (128,)))), "stream_bits_per_byte"
+    )
+    assert [(r.value, r.status) for r in stopped] == [(None, "unsupported")]
