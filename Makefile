@@ -38,7 +38,7 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 sweep: $(VENV)/.user
-	$(BIN)/python benchmarks/learning_rate_sweep.py
+	$(BIN)/bdh-bench sweep bdh,gpt2,llama,mamba
 
 bench-engine: $(VENV)/.user
 	$(BIN)/python benchmarks/engine.py --trained

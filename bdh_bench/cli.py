@@ -38,7 +38,9 @@ TrainContext = Annotated[int, typer.Option("--train-context", help="Bytes in one
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; without it, what torch chooses.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
-Regime = Annotated[str, typer.Option("--regime", help="crop, or carried: the state goes on through a document.")]
+Regime = Annotated[str, typer.Option("--regime", help="crop, carried (the state goes on) or crop+carried.")]
+Match = Annotated[str, typer.Option("--match", help="What is equal: params, bytes, flops, wallclock or state.")]
+TrainSeconds = Annotated[float, typer.Option("--train-seconds", help="Training time of each model, with wallclock.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
 _PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
@@ -58,6 +60,8 @@ def run(
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
     regime: Regime = "crop",
+    match: Match = "params",
+    train_seconds: TrainSeconds = 0.0,
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -80,16 +84,18 @@ def run(
         request = _request(
             models,
             task,
-            data,
             contexts,
-            train_bytes,
-            train_context,
-            _seeds(seeds, seed),
-            device,
-            threads,
-            learning_rate,
-            documents,
-            regime,
+            data=data,
+            train_bytes=train_bytes,
+            train_context=train_context,
+            seeds=_seeds(seeds, seed),
+            device=device,
+            threads=threads,
+            learning_rate=learning_rate,
+            documents=documents,
+            regime=regime,
+            match=match,
+            train_seconds=train_seconds,
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
 
@@ -107,41 +113,23 @@ def _seeds(count: int | None, one: int | None) -> tuple[int, ...]:
     return tuple(range(count or 1))
 
 
-def _request(
-    models: str,
-    task: str,
-    data: str,
-    contexts: str,
-    train_bytes: int,
-    train_context: int,
-    seeds: tuple[int, ...],
-    device: str,
-    threads: int,
-    learning_rate: float,
-    documents: int,
-    regime: str,
-) -> RunSpec:
+def _request(models: str, task: str, contexts: str = "", **settings: Any) -> RunSpec:
+    """The request of these flags; ``settings`` are fields of RunSpec. Raises SpecError for numbers that make no sense."""
     from bdh_bench.spec import RunSpec, parse_contexts, parse_models, require_positive
 
     if not models or not task:
         raise SpecError("--models and --task are needed", "for example --models bdh,gpt2,mamba --task long_ppl")
-    require_positive(train_bytes=train_bytes, train_context=train_context, documents=documents)
-    if threads < 0 or learning_rate < 0:
-        raise SpecError(f"got --threads {threads} --learning-rate {learning_rate} · expected no negative number")
-    return RunSpec(
+    request = RunSpec(
         models=tuple(str(m) for m in parse_models(models)),
         tasks=tuple(str(t) for t in parse_models(task)),
-        data=data,
         contexts=parse_contexts(contexts) if contexts else (),
-        train_bytes=train_bytes,
-        train_context=train_context,
-        seeds=seeds,
-        device=device,
-        threads=threads,
-        learning_rate=learning_rate,
-        documents=documents,
-        regime=regime,
+        **settings,
     )
+    require_positive(**{name: getattr(request, name) for name in ("train_bytes", "train_context", "documents")})
+    for name in ("threads", "learning_rate", "train_seconds"):
+        if getattr(request, name) < 0:
+            raise SpecError(f"got --{name.replace('_', '-')} {getattr(request, name)} · expected no negative number")
+    return request
 
 
 def _smoke(request: RunSpec) -> RunSpec:
@@ -230,9 +218,17 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train one model, or find its checkpoint; print where the weights are and what they score on validation text."""
-    seeds = _seeds(None, seed)
     request = _request(
-        model, "long_ppl", data, "", train_bytes, train_context, seeds, device, threads, learning_rate, 10, regime
+        model,
+        "long_ppl",
+        data=data,
+        train_bytes=train_bytes,
+        train_context=train_context,
+        seeds=_seeds(None, seed),
+        device=device,
+        threads=threads,
+        learning_rate=learning_rate,
+        regime=regime,
     )
     if len(request.models) != 1:
         raise SpecError(f"got {len(request.models)} models · expected one")
@@ -252,6 +248,56 @@ def train(
         _say(
             f"{done['model']}: {how}, {done['parameters']:,} parameters, {done['bytes']:,} bytes ({done['regime']}) at "
             f"rate {done['learning_rate']:g}, {done['validation_bits_per_byte']} bits per byte on validation text"
+        )
+
+
+@app.command()
+def sweep(
+    models: Annotated[str, typer.Argument(help="NAME[@SIZE][:key=value]…, comma-separated.")],
+    rates: Annotated[str, typer.Option("--rates", help="At least four learning rates.")] = "1e-3,2e-3,4e-3,8e-3",
+    data: Data = "stdlib",
+    train_bytes: TrainBytes = 524_288,
+    train_context: TrainContext = _PLAIN_CONTEXT,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    regime: Regime = "crop",
+    output: Annotated[Path | None, typer.Option("--output", help="A CSV file for every trial.")] = None,
+    json_: Json = False,
+) -> None:
+    """Choose each family's learning rate on validation text; a best rate on the edge extends the grid."""
+    from bdh_bench.runner import sweep as sweeping
+
+    try:
+        grid = sweeping.check_grid([float(rate) for rate in rates.split(",")])
+    except ValueError:
+        raise SpecError(f"got --rates {rates} · expected numbers separated by commas") from None
+    request = _request(
+        models,
+        "long_ppl",
+        data=data,
+        train_bytes=train_bytes,
+        train_context=train_context,
+        device=device,
+        threads=threads,
+        regime=regime,
+    )
+    trials = []
+    for trial in sweeping.sweep(request, grid):
+        trials.append(trial)
+        _say(f"{trial.model} at {trial.learning_rate:g}: {trial.bits:.4f} bits per byte, {trial.seconds:.0f} s")
+    chosen = sweeping.choices(trials)
+    if output is not None:
+        from bdh_bench.results.store import write_atomically
+
+        write_atomically(output, sweeping.as_csv(trials))
+    if json_:
+        _print_json("sweep", "ok", {"chosen": chosen, "trials": sweeping.as_rows(trials)})
+        return
+    for choice in chosen:
+        edge = " (on the edge of the grid)" if choice["on_edge"] else ""
+        typer.echo(
+            f"{choice['model']}  {choice['learning_rate']:g}  {choice['best']:.4f} bits per byte, "
+            f"median of {choice['trials']} trials {choice['median']:.4f}{edge}"
         )
 
 

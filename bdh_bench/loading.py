@@ -76,9 +76,7 @@ def resolve(spec: ModelSpec, module: ModuleType, tensors: dict[str, Tensor] | No
 def _parse_options(spec: ModelSpec, module: ModuleType) -> dict[str, Any]:
     types = {f.name: f.type for f in fields(module.Config)}
     values: dict[str, Any] = {}
-    for key, text in spec.options:
-        if key == "weights":
-            continue
+    for key, text in spec.architecture().options:
         try:
             values[key] = _PARSERS[str(types[key])](text)
         except (KeyError, ValueError):

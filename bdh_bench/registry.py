@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from bdh_bench.errors import SpecError, UnknownNameError
-from bdh_bench.spec import ModelSpec
+from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec
 
 _PACKAGE = Path(__file__).parent
 
@@ -83,8 +83,8 @@ def check(spec: ModelSpec) -> Entry:
     if words and spec.name not in words:
         raise UnknownNameError(f"{spec.family} model", spec.name, words)
     for key, _ in spec.options:
-        if key not in entry.options and key != "weights":
-            raise UnknownNameError(f"option of {spec.family}", key, [*entry.options, "weights"])
+        if key not in entry.options and key not in WEIGHT_OPTIONS:
+            raise UnknownNameError(f"option of {spec.family}", key, [*entry.options, *WEIGHT_OPTIONS])
     return entry
 
 

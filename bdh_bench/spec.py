@@ -2,6 +2,9 @@
 
 Model grammar: ``NAME[@SIZE][:key=value]…``, comma-separated. NAME is a family, ``toy:``word, or ``hf:``rest up to the next
 ``:key=`` (there ``@`` is the revision). Values with ``:`` or ``,`` may be double-quoted; commas split outside quotes only.
+
+Keys are options of the family, and for every family ``weights``, ``regime`` and ``learning_rate``: where the weights come from. They
+are no part of the architecture.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ SIZES: dict[str, int] = {
     "1b": 1_000_000_000,
 }
 DEFAULT_SIZE = "quick"
+
+#: Options of every family: where weights come from.
+WEIGHT_OPTIONS = ("weights", "regime", "learning_rate")
 
 _OPTION = re.compile(r":(?=[A-Za-z_][A-Za-z0-9_]*=)")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
@@ -52,6 +58,10 @@ class ModelSpec:
     def option(self, key: str) -> str | None:
         """The text given for option ``key``, or None."""
         return dict(self.options).get(key)
+
+    def architecture(self) -> ModelSpec:
+        """The same model without the options that say where its weights come from."""
+        return replace(self, options=tuple(o for o in self.options if o[0] not in WEIGHT_OPTIONS))
 
 
 def _quote(value: str) -> str:
@@ -138,7 +148,8 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 class RunSpec:
     """Everything that determines the results of a run; its digest names the run's request.
 
-    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes.
+    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``match`` is the axis on which
+    models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``.
     """
 
     models: tuple[str, ...]
@@ -154,6 +165,8 @@ class RunSpec:
     documents: int = 10
     smoke: bool = False
     regime: str = "crop"
+    match: str = "params"
+    train_seconds: float = 0.0
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of this request."""

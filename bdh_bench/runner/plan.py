@@ -22,9 +22,10 @@ from bdh_bench.data.corpus import Corpus, Document, open_corpus
 from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
 from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
+from bdh_bench.runner.recipes import check_training
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
-from bdh_bench.training.recipe import Recipe, check_regime
+from bdh_bench.training.recipe import Recipe
 from bdh_bench.types import Cell
 
 if TYPE_CHECKING:
@@ -95,8 +96,11 @@ def command_line(spec: RunSpec) -> str:
     for flag, name in (("--device", "device"), ("--threads", "threads"), ("--documents", "documents")):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
-    if spec.regime != plain.regime:
-        parts += ["--regime", spec.regime]
+    for flag, name in (("--regime", "regime"), ("--match", "match")):
+        if getattr(spec, name) != getattr(plain, name):
+            parts += [flag, getattr(spec, name)]
+    if spec.train_seconds:
+        parts += ["--train-seconds", f"{spec.train_seconds:g}"]
     if spec.learning_rate:
         parts += ["--learning-rate", f"{spec.learning_rate:g}"]
     return shlex.join(parts + (["--smoke"] if spec.smoke else []))
@@ -112,7 +116,7 @@ def make_plan(spec: RunSpec) -> Plan:
     for task in tasks:
         _check_task(task)
     _check_device(spec.device)
-    check_regime(spec.regime)
+    check_training(spec, models)
     reading = [t for t in tasks if _facts(t).get("reads")]
     corpus = open_corpus(spec.data) if reading else None
     contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
@@ -291,5 +295,7 @@ def _cell(
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
     if facts.get("trains"):
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
+    if spec.match not in ("params", "bytes"):  # what the model gets follows from the others
+        inputs |= {"match": spec.match, "reference": spec.models, "train_seconds": spec.train_seconds}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()
     return Cell(key, str(model), str(task), seed, context)

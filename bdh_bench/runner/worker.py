@@ -130,6 +130,7 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
+    from bdh_bench.runner.matching import matched_model
     from bdh_bench.runner.training import train_or_load
 
     if spec.threads:
@@ -139,7 +140,8 @@ def _results(
     config = task.Config(**{key: int(value) for key, value in task_spec.options})
     about = registry.find("tasks", task_spec.family).defaults
     _say("load", 0.0, {})
-    model = load_model(model_spec, device=spec.device, seed=cell.seed, train_context=spec.train_context)
+    built = matched_model(spec, model_spec)
+    model = load_model(built, device=spec.device, seed=cell.seed, train_context=spec.train_context)
     facts |= _model_facts(model, model_spec)
     facts["threads"] = torch.get_num_threads()
     corpus = open_corpus(spec.data) if about.get("reads") else None

@@ -59,8 +59,7 @@ def train(
         return {**report, "reused": True}
     checkpoint.prepare()
     keep_freed_memory()
-    reader = Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
-    run = _Run(model, recipe, reader, checkpoint)
+    run = _Run(model, recipe, _reader(model, recipe, documents), checkpoint)
     run.resume()
     try:
         run.finish(progress)
@@ -72,10 +71,24 @@ def train(
     return {**checkpoint.finish(model.state_dict(), run.report(bits)), "reused": False}
 
 
+def step_of(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> tuple[Callable[[], Tensor], int]:
+    """A function that does one optimiser step after another, as ``train`` does them, and the bytes that each reads."""
+    keep_freed_memory()
+    reader = _reader(model, recipe, documents)
+    run = _Run(model, recipe, reader, None)
+    reader.begin(0)
+    model.train()
+    return run.one, reader.rows * reader.length
+
+
+def _reader(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Reader:
+    return Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
+
+
 class _Run:
     """One training from its first to its last step; ``step`` counts finished steps."""
 
-    def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint | None) -> None:
         self.model, self.recipe, self.reader, self.checkpoint = model, recipe, reader, checkpoint
         self.steps = recipe.steps(reader.length, reader.rows)
         self.optimiser = torch.optim.AdamW(
@@ -94,7 +107,7 @@ class _Run:
         every = max(1, self.steps // _CURVE_POINTS)
         while self.step < self.steps:
             self._inside = True
-            self._pending.append(self._one())
+            self._pending.append(self.one())
             self.step += 1
             self._inside = False
             self.seconds = before + now_s() - started
@@ -106,7 +119,7 @@ class _Run:
                 self.save()
                 saved = now_s()
 
-    def _one(self) -> Tensor:
+    def one(self) -> Tensor:
         """One optimiser step on the next pieces; returns the mean loss in nats, still on the device."""
         rate = self.recipe.rate(self.step, self.steps)
         for group in self.optimiser.param_groups:
@@ -132,7 +145,7 @@ class _Run:
 
     def save(self) -> None:
         """Keep the state of the last closed stretch (open stretches have no mark yet and are done again)."""
-        if self._pending or self._inside:
+        if self._pending or self._inside or self.checkpoint is None:
             return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | optimiser_tensors(self.optimiser)
         tensors |= {f"state.{k}": v for k, v in self.reader.state().items()}
@@ -143,7 +156,7 @@ class _Run:
     def resume(self) -> None:
         """Go on from a partial checkpoint, if there is one; else start from the recipe's seed."""
         torch.manual_seed(self.recipe.seed)
-        kept = self.checkpoint.load_partial()
+        kept = self.checkpoint.load_partial() if self.checkpoint is not None else None
         if kept is None:
             self.reader.begin(0)
             return
