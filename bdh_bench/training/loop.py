@@ -53,13 +53,32 @@ def train(
 
     Interrupted at any moment, the next call goes on from the last saved step. Raises BenchError for a loss that is not finite.
     """
+    return fit(
+        model,
+        recipe,
+        lambda: _reader(model, recipe, documents),
+        lambda: validation_bits(model, validation, recipe),
+        checkpoint,
+        progress,
+    )
+
+
+def fit(
+    model: Any,
+    recipe: Recipe,
+    reader: Callable[[], Reader],
+    grade: Callable[[], float | None],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The same for whatever ``reader`` reads; ``grade`` gives bits per token on validation material, in eval mode."""
     if (report := checkpoint.finished()) is not None:
         model.load_state_dict(checkpoint.load_weights())
         model.eval()
         return {**report, "reused": True}
     checkpoint.prepare()
     keep_freed_memory()
-    run = _Run(model, recipe, _reader(model, recipe, documents), checkpoint)
+    run = _Run(model, recipe, reader(), checkpoint)
     run.resume()
     try:
         run.finish(progress)
@@ -67,8 +86,7 @@ def train(
         run.save()
         raise
     model.eval()
-    bits = validation_bits(model, validation, recipe)
-    return {**checkpoint.finish(model.state_dict(), run.report(bits)), "reused": False}
+    return {**checkpoint.finish(model.state_dict(), run.report(grade())), "reused": False}
 
 
 def step_of(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> tuple[Callable[[], Tensor], int]:
@@ -90,11 +108,11 @@ class _Run:
 
     def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint | None) -> None:
         self.model, self.recipe, self.reader, self.checkpoint = model, recipe, reader, checkpoint
-        self.steps = recipe.steps(reader.length, reader.rows)
+        self.steps = reader.steps(recipe)
         self.optimiser = torch.optim.AdamW(
             _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.mastered = 0, 0.0, False
         self.curve: list[tuple[int, float, float]] = []
         self._pending: list[Tensor] = []
         self._inside = False  # a step is under way: weights, state and random numbers do not belong together
@@ -104,8 +122,8 @@ class _Run:
         self.model.train()
         started = saved = now_s()
         before, first = self.seconds, self.step
-        every = max(1, self.steps // _CURVE_POINTS)
-        while self.step < self.steps:
+        every = self.reader.mark_every or max(1, self.steps // _CURVE_POINTS)
+        while self.step < self.steps and not self.mastered:
             self._inside = True
             self._pending.append(self.one())
             self.step += 1
@@ -113,6 +131,7 @@ class _Run:
             self.seconds = before + now_s() - started
             if self.step % every == 0 or self.step == self.steps:
                 bits = self._mark()
+                self.mastered = self.reader.mastered()
                 left = (self.steps - self.step) * (self.seconds - before) / (self.step - first)
                 progress("train", self.step / self.steps, {"bits_per_byte": bits, "eta_s": left})
             if now_s() - saved > _SAVE_EVERY_S and not self._pending:
@@ -139,7 +158,7 @@ class _Run:
         self._pending.clear()
         if not math.isfinite(bits):
             raise BenchError(f"the loss is {bits} after {self.step} steps", "use a smaller --learning-rate")
-        read = self.step * self.reader.rows * self.reader.length
+        read = self.reader.read(self.step)
         self.curve.append((read, round(bits, 4), round(self.seconds, 2)))
         return bits
 
@@ -173,14 +192,15 @@ class _Run:
         """What the fairness card and the training curve need."""
         recipe, reader = self.recipe, self.reader
         return {
-            "bytes": self.steps * reader.rows * reader.length,
+            "bytes": reader.read(self.step),
             "context": recipe.context,
             "regime": recipe.regime,
             "reset": reader.reset,
             "carry_limit": reader.carry_limit,
             "piece_bytes": reader.length,
             "batch": reader.rows,
-            "steps": self.steps,
+            "steps": self.step,
+            "mastered": self.mastered,
             "learning_rate": recipe.learning_rate,
             "precision": recipe.precision,
             "seed": recipe.seed,
@@ -194,12 +214,23 @@ class _Run:
 class Reader(Protocol):
     """What a step reads: ``rows`` pieces of ``length`` bytes, and what the model remembers when it reads them.
 
-    ``position`` counts the bytes per row since the last empty state; ``reset`` and ``carry_limit`` say when it is emptied.
+    ``position`` counts the bytes per row since the last empty state; ``reset`` and ``carry_limit`` say when it is emptied. A point of
+    the curve is set every ``mark_every`` steps (0: fifty in all), and there training ends early once ``mastered``.
     """
 
     rows: int
     length: int
     reset: str
+    mark_every: int
+
+    def steps(self, recipe: Recipe) -> int:
+        """Steps at the most."""
+
+    def read(self, steps: int) -> int:
+        """Target bytes (or tokens) of this many steps."""
+
+    def mastered(self) -> bool:
+        """Whether nothing is left to learn."""
 
     @property
     def position(self) -> int: ...
@@ -220,7 +251,24 @@ class Reader(Protocol):
         """What must be kept for the next piece."""
 
 
-class Crops:
+class _Text:
+    """What both ways to read a text have in common: equal pieces, and no end before the budget's."""
+
+    rows: int
+    length: int
+    mark_every = 0
+
+    def steps(self, recipe: Recipe) -> int:
+        return recipe.steps(self.length, self.rows)
+
+    def read(self, steps: int) -> int:
+        return steps * self.rows * self.length
+
+    def mastered(self) -> bool:
+        return False
+
+
+class Crops(_Text):
     """Independent random pieces, each from an empty state."""
 
     position, reset, carry_limit = 0, "piece", None
@@ -243,7 +291,7 @@ class Crops:
         return {}
 
 
-class Carried:
+class Carried(_Text):
     """Consecutive pieces of one document per row, through a session that goes on from piece to piece."""
 
     reset = "document"
