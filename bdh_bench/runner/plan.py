@@ -293,7 +293,7 @@ def _cell(
     }
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
-    if facts.get("trains"):
+    if facts.get("trains") or facts.get("practises"):
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
     if spec.match not in ("params", "bytes"):  # what the model gets follows from the others
         inputs |= {"match": spec.match, "reference": spec.models, "train_seconds": spec.train_seconds}

@@ -13,12 +13,15 @@ from bdh_bench.loading import load_model
 from bdh_bench.measure.host import native_bfloat16
 from bdh_bench.runner.matching import matched_bytes, matched_model
 from bdh_bench.runner.recipes import check_training, rate_of, regime_of
+from bdh_bench.session import fingerprint
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.training.checkpoints import Checkpoint
 from bdh_bench.training.loop import train
 from bdh_bench.training.pilot import bytes_in
+from bdh_bench.training.practice import practise
 from bdh_bench.training.recipe import Recipe, checkpoint_key, continued
+from bdh_bench.types import Exercises
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 
@@ -28,15 +31,8 @@ def train_or_load(
 ) -> dict[str, Any]:
     """Give ``model`` the weights that this request implies; return the training report, which names their checkpoint's folder."""
     regime = regime_of(model_spec, spec)
-    exact = native_bfloat16() if spec.device == "cpu" else True
-    recipe = Recipe(
-        matched_bytes(model, spec),
-        spec.train_context,
-        rate_of(model_spec, spec),
-        seed,
-        precision="bfloat16" if exact else "float32",
-        regime="crop" if regime == "crop+carried" else regime,
-    )
+    first = "crop" if regime == "crop+carried" else regime
+    recipe = _recipe(model_spec, spec, seed, matched_bytes(model, spec), first)
     job = _Job(model, model_spec, corpus, progress)
     if spec.match == "wallclock":
         timed = Checkpoint(job.key(recipe, f"{spec.train_seconds:g} s"))
@@ -45,6 +41,31 @@ def train_or_load(
     if regime == "crop+carried":
         report = _joined(report, job.train(continued(recipe, report["sha256"])))
     return report
+
+
+def practise_or_load(
+    model: Any,
+    model_spec: ModelSpec,
+    spec: RunSpec,
+    seed: int,
+    corpus: Corpus | None,
+    exercises: Exercises,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Let ``model`` practise for a task, going on from the weights that it has; return the report."""
+    recipe = replace(_recipe(model_spec, spec, seed, exercises.cap, "crop"), start=fingerprint(model))
+    documents = corpus.part("train") if corpus is not None else ()
+    code = source_digest(
+        registry.find("models", model_spec.family).module, "bdh_bench.training.practice", type(exercises).__module__
+    )
+    key = checkpoint_key(recipe, str(model_spec.architecture()), repr(model.config), exercises.identity, code)
+    return practise(model, recipe, exercises, documents, Checkpoint(key), progress)
+
+
+def _recipe(model_spec: ModelSpec, spec: RunSpec, seed: int, budget: int, regime: str) -> Recipe:
+    exact = native_bfloat16() if spec.device == "cpu" else True
+    precision = "bfloat16" if exact else "float32"
+    return Recipe(budget, spec.train_context, rate_of(model_spec, spec), seed, precision=precision, regime=regime)
 
 
 class _Job:

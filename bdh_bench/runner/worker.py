@@ -131,7 +131,7 @@ def _results(
 
     from bdh_bench.loading import load_model
     from bdh_bench.runner.matching import matched_model
-    from bdh_bench.runner.training import train_or_load
+    from bdh_bench.runner.training import practise_or_load, train_or_load
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -154,6 +154,12 @@ def _results(
         facts["training"] = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
         facts["weights"] = "trained"
         facts["checkpoint"] = facts["training"]["sha256"]
+    if _practises(about, asdict(config)) and getattr(model, "trainable", True) and not model_spec.option("weights"):
+        documents = corpus.part("train") if corpus is not None else ()
+        drills = task.exercises(model, config, documents, spec.train_context)
+        facts["practice"] = practise_or_load(model, model_spec, spec, cell.seed, corpus, drills, _say)
+        facts["weights"] = "trained"
+        facts["checkpoint"] = facts["practice"]["sha256"]
     context = TaskContext(
         seed=cell.seed,
         context=cell.context,
@@ -167,6 +173,12 @@ def _results(
     evaluated = now_s()
     yield from task.run(model, config, context)
     facts["evaluation_seconds"] = round(now_s() - evaluated, 3)
+
+
+def _practises(about: Mapping[str, Any], config: dict[str, Any]) -> bool:
+    """Always, never, or where the option of that name is set."""
+    when = about.get("practises", False)
+    return bool(config[when]) if isinstance(when, str) else bool(when)
 
 
 def _documents(
