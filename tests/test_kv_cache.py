@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM
 
 from bdh_bench import load_model
-from bdh_bench.models._kv_cache import GrowingTensor, KVCache, causal_attention
+from bdh_bench.models._causal_attention import causal_attention
+from bdh_bench.models._growing import GrowingTensor
+from bdh_bench.models._kv_cache import KVCache
 
 _NAMES = (
     "gpt2:n_embd=32:n_layer=2:n_head=2:max_positions=400",
@@ -170,7 +172,7 @@ def test_no_mask_in_prefill_and_decode_and_a_small_one_in_pieces(monkeypatch: py
         seen.append((is_causal, 0 if attn_mask is None else attn_mask.numel()))
         return fused(*args, attn_mask=attn_mask, is_causal=is_causal, **rest)
 
-    monkeypatch.setattr("bdh_bench.models._kv_cache.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("bdh_bench.models._causal_attention.scaled_dot_product_attention", spy)
     for name in _NAMES:
         model = load_model(name)
         session = model.session(3)

@@ -24,7 +24,18 @@ from bdh_bench.spec import SIZES
 
 _NEEDS_A_NAME = {"hf"}
 _TOYS = ("toy:uniform", "toy:copy", "toy:const_state:bytes=4096", "toy:linear_kv:bytes_per_token=24")
-_VARIANTS = ("llama:d_model=48:n_layer=2:n_head=6:kv_heads=2",)
+_SMALL = "llama:d_model=48:n_layer=2:n_head=6"
+_VARIANTS = (
+    f"{_SMALL}:kv_heads=2",
+    f"{_SMALL}:window=24",
+    f"{_SMALL}:kv_heads=2:window=20:sinks=3",
+    f"{_SMALL}:kv_bits=8",
+    f"{_SMALL}:kv_bits=4",
+    f"{_SMALL}:kv_heads=3:window=24:sinks=2:kv_bits=4:rope_scaling=ntk:rope_factor=4",
+    f"{_SMALL}:rope_scaling=yarn:rope_factor=4:rope_context=64",
+    f"{_SMALL}:attention=linear",
+    f"{_SMALL}:kv_heads=2:attention=linear",
+)
 _FAMILIES = [
     e.name for e in list_models() if not e.problem and not e.defaults.get("words") and e.name not in _NEEDS_A_NAME
 ]
