@@ -52,7 +52,8 @@ def _one_thread() -> Iterator[None]:
 
 @cache
 def _model(name: str) -> Any:
-    return load_model(name)
+    # Rounding to codes is a step, and float32 sums in another order fall on its other side about once in a million features.
+    return load_model(name, dtype="float64" if "kv_bits" in name else "float32")
 
 
 @pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.name.replace(" ", "_"))
@@ -129,6 +130,10 @@ def test_transformers_have_natural_shapes(family: str) -> None:
         "llama@1m:n_head=4",
         "llama@1m:d_model=64",
         "llama@1m:rope_theta=500000.0",
+        "llama@1m:window=64",
+        "llama@1m:kv_bits=4",
+        "llama@1m:attention=linear",
+        "llama@1m:kv_heads=2:rope_scaling=ntk:rope_factor=2.0",
         "gpt2:n_embd=32:n_layer=2:n_head=2",
         "llama:d_model=32:n_layer=2:n_head=2",
     ],

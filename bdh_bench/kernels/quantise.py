@@ -51,9 +51,9 @@ def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def dequantise(codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Back to (…, D) of ``dtype``."""
-    if bits == 4:
-        codes = torch.cat((codes & 15, codes >> 4), -1).to(torch.int8) - 8
-    return (codes.to(scale.dtype) * scale).to(dtype)
+    # In place: a second temporary of the size of a whole cache costs more than the arithmetic.
+    wide = torch.cat((codes & 15, codes >> 4), -1).to(scale.dtype).sub_(8) if bits == 4 else codes.to(scale.dtype)
+    return wide.mul_(scale).to(dtype)
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class _Plain:
 class _Coded:
     """The same as codes and scales.
 
-    With gradients on, what was read is kept beside them with its graph, so that gradients flow through a carried state; it is no part of the
-    state, and ``detach`` drops it.
+    With gradients on, what was read is kept beside them with its graph, so that gradients flow through a carried state; it is
+    no part of the state, and ``detach`` drops it.
     """
 
     def __init__(self, store: Callable[[], Store], bits: int) -> None:
@@ -155,7 +155,7 @@ class KVCache:
                 store.settle()
 
     def tensors(self) -> dict[str, Tensor]:
-        """``layer0.key``, ``layer0.value``, … (or ``….codes`` and ``….scale``): views of the filled part; nothing before the first token."""
+        """``layer0.key``, ``layer0.value``, … (coded: ``layer0.key.codes``, ``layer0.key.scale``, …): views of the filled parts."""
         return {name: filled for name, store in self._stores().items() if (filled := store.filled) is not None}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

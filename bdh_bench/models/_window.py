@@ -1,8 +1,9 @@
 """A tensor that forgets: the first K tokens and the last W − 1 stay, without copying the window at every token.
 
-A token attends to itself and the W − 1 before it, so W − 1 must survive until the next one. They lie in a row in a buffer with room behind
-them. A decoded token is written there in place and the view moves on by one; only when the room is used up does the window move to the front,
-twice per token on average. The K sinks ride along in front of the view, onto the place of the token that was forgotten.
+A token attends to itself and the W − 1 before it, so W − 1 must survive until the next one. They lie in a row in a buffer with
+room behind them. A decoded token is written there in place and the view moves on by one; only when the room is used up does the
+window move to the front, twice per token on average. The K sinks ride along in front of the view, onto the place of the token
+that was forgotten.
 
 With gradients on, or for a piece of several tokens, the content is concatenated and cut instead.
 
