@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from bdh_bench import load_model, registry, sizing
 from bdh_bench.errors import SpecError
 from bdh_bench.kernels.feature_attention import feature_attention
-from bdh_bench.kernels.quantise import code_bytes, dequantise, quantise, straight_through
+from bdh_bench.kernels.quantise import Codes, code_bytes, dequantise, quantise, read_codes, straight_through
 from bdh_bench.models._causal_attention import causal_attention
 from bdh_bench.models._window import WindowTensor
 
@@ -202,6 +202,39 @@ def test_logits_are_those_of_rounded_keys_and_values(monkeypatch: pytest.MonkeyP
     assert 1e-4 < (got - unrounded).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_read_in_blocks_as_a_whole(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bdh_bench.kernels.quantise._BLOCK", 1)  # blocks of 16 tokens
+    torch.manual_seed(0)
+    query, room = torch.randn(2, 3, 2, 8), torch.randn(2, 2, 3, 90, 8)
+    key, value = (Codes(*(t[:, :, 5:80] for t in quantise(x, bits)), bits, torch.float32) for x in room)
+    back = [dequantise(*codes) for codes in (key, value)]
+    truth = torch.nn.functional.scaled_dot_product_attention(query, *back, scale=0.3)
+    assert torch.allclose(read_codes(query, key, value, 0.3), truth, atol=1e-6)
+
+
+def test_a_decoded_token_never_turns_the_whole_cache_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bdh_bench.kernels.quantise as kernel
+
+    turned: list[int] = []
+    plain = kernel.dequantise
+
+    def spy(codes: Tensor, *rest: Any) -> Tensor:
+        turned.append(codes.shape[-2])
+        return plain(codes, *rest)
+
+    monkeypatch.setattr(kernel, "dequantise", spy)
+    monkeypatch.setattr("bdh_bench.models._kv_cache.dequantise", spy)
+    monkeypatch.setattr(kernel, "_BLOCK", 1)
+    session = load_model(f"{_SMALL}:kv_bits=8").session()
+    with torch.inference_mode():
+        session.extend(_tokens(200))
+        turned.clear()
+        session.extend(_tokens(1))
+    assert max(turned) == 16
+    assert sum(turned) == 2 * 2 * 201  # keys and values of two layers, once
+
+
 def test_the_gradient_passes_straight_through() -> None:
     x = torch.randn(4, 8, requires_grad=True)
     rounded = dequantise(*quantise(x.detach(), 4), 4, torch.float32)
@@ -343,5 +376,5 @@ def test_what_makes_no_sense_is_refused(options: str, message: str) -> None:
 def test_what_runs_is_said() -> None:
     said = {end: load_model(_SMALL + end).kernels() for end in ("", ":kv_bits=4", ":attention=linear")}
     assert "fused attention" in said[""]
-    assert "codes of 4 bits" in said[":kv_bits=4"]
+    assert "codes of 4 bits in blocks" in said[":kv_bits=4"]
     assert "linear attention" in said[":attention=linear"]

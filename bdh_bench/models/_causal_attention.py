@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from bdh_bench.kernels.quantise import Codes, read_codes
+
 #: Queries that share one mask where a piece of text follows a past.
 _QUERY_BLOCK = 128
 
@@ -29,8 +31,8 @@ _QUERY_BLOCK = 128
 def causal_attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Codes,
+    value: Tensor | Codes,
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
@@ -40,8 +42,14 @@ def causal_attention(
 ) -> tuple[Tensor, None]:
     """Queries (B, H, T, D) are the last T of the S tokens of keys and values (B, K, S, D); returns (B, T, H, D).
 
-    A single query reads all keys: a cache with a window holds no others.
+    A single query reads all keys: a cache with a window holds no others. It alone may be given codes.
     """
+    if isinstance(key, Codes):
+        assert isinstance(value, Codes)
+        packed = query.reshape(query.shape[0], key.codes.shape[1], -1, query.shape[3])  # (B, K, H/K, D)
+        mixed = read_codes(packed, key, value, scaling or query.shape[3] ** -0.5)
+        return mixed.reshape(query.shape).transpose(1, 2), None
+    assert isinstance(value, Tensor)
     length, total = query.shape[2], key.shape[2]
     rest: dict[str, Any] = {"dropout_p": dropout, "scale": scaling}
     if length == 1:

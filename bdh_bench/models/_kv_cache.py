@@ -4,8 +4,9 @@ A cache behind transformers' unified ``Cache`` over growing or forgetting tensor
 past and nothing else that grows with it. transformers' own ``DynamicCache`` concatenates, which copies the whole past once per
 token and layer.
 
-With ``bits`` a token is kept as codes and scales. All that read it, itself included, read it rounded, so that the numbers do not depend on
-how a text was cut. Reading makes one unrounded copy of a layer's cache at a time: this saves bytes that are held, not time.
+With ``bits`` a token is kept as codes and scales. All that read it, itself included, read it rounded, so that the numbers do not
+depend on how a text was cut. A single token is given the codes themselves to read; for a longer piece a layer's cache is turned
+back as a whole.
 
 Source: ``transformers.cache_utils`` (5.x).
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from bdh_bench.kernels.quantise import dequantise, quantise, straight_through
+from bdh_bench.kernels.quantise import Codes, dequantise, quantise, straight_through
 from bdh_bench.models._growing import GrowingTensor
 from bdh_bench.models._window import WindowTensor
 
@@ -62,13 +63,14 @@ class _Coded:
     def length(self) -> int:
         return self.stores[".codes"].length
 
-    def append(self, piece: Tensor) -> Tensor:
+    def append(self, piece: Tensor) -> Tensor | Codes:
         past = self._read(piece.dtype)
         new = quantise(piece.detach(), self.bits)
         joined = [store.append(part) for store, part in zip(self.stores.values(), new, strict=True)]
         if not torch.is_grad_enabled():
             self._graph = None
-            return dequantise(joined[0], joined[1], self.bits, piece.dtype)
+            all_of_it = Codes(joined[0], joined[1], self.bits, piece.dtype)
+            return all_of_it if piece.shape[2] == 1 else dequantise(*all_of_it)
         if self._graph is None:
             self._graph = self._store()
             self._graph.load(past)
@@ -116,8 +118,8 @@ class _Layer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first piece brings shape, dtype and device."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self.key.append(key_states), self.value.append(value_states)  # (B, K, S, D) each
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+        return self.key.append(key_states), self.value.append(value_states)  # (B, K, S, D) each, or codes
 
     def get_seq_length(self) -> int:
         return int(self.key.length)

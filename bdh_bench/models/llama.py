@@ -246,7 +246,7 @@ class Model(Streaming, nn.Module):
         c = self.config
         if c.attention == "linear":
             return "transformers, torch linear attention in chunks"
-        codes = f", codes of {c.kv_bits} bits read back per layer" if c.kv_bits else ""
+        codes = f"; one token at a time, torch attention on codes of {c.kv_bits} bits in blocks" if c.kv_bits else ""
         return "transformers, torch fused attention" + codes
 
 
