@@ -186,3 +186,22 @@ def test_no_mask_in_prefill_and_decode_and_a_small_one_in_pieces(monkeypatch: py
         seen.clear()
         model.logits(_tokens(300, 3))
         assert set(seen) == {(True, 0)}
+
+
+# -- gpt2 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_has_learned_positions_no_dropout_and_one_fused_activation() -> None:
+    model, tokens = load_model(_NAMES[0]), _tokens(20, 2)
+    table = model.model.transformer.wpe.weight
+    assert table.shape == (model.max_positions, 32)
+    assert table.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model.train().logits(tokens), model.eval().logits(tokens))
+        x = torch.randn(50)
+        activation = model.model.transformer.h[0].mlp.act
+        assert torch.equal(activation(x), F.gelu(x, approximate="tanh"))  # one kernel, bit for bit
+        before = model.logits(tokens)
+        table[7] += 1.0
+        moved = (model.logits(tokens) - before).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False] * 7 + [True] * 13
