@@ -171,11 +171,13 @@ def depth_figures(name: str, count: int, steps: int) -> Iterator[Figure]:
             f"{size}; {kind} at {figure('', known, '').value / 1e9:.1f} GB/s",
         )
     whole = _DEEP / (_DEEP - _SHALLOW)
+    weights = model.parameter_count() * torch.float32.itemsize
+    larger = model.state_bytes(1, _DEEP) > weights  # otherwise the weights are most of what a token reads
     yield figure(
         f"{name}: share of a token's time that is the cache, depth {_DEEP:,}",
         [(r.deep - r.shallow) * whole / r.deep for r in found],
-        "> 0.5",
-        f"{figure('', [r.deep for r in found], '').value * 1e3:.1f} ms per token",
+        "> 0.5" if larger else "none",
+        f"{figure('', [r.deep for r in found], '').value * 1e3:.1f} ms per token, {weights / 1e6:,.0f} MB of weights",
     )
     yield figure(
         f"{name}: ours / DynamicCache, depth {_DEEP:,}",
