@@ -80,7 +80,9 @@ def test_a_forgotten_past_would_be_seen(name: str) -> None:
     assert moved > 100 * laws.ROUNDING
 
 
-@pytest.mark.parametrize("name", sorted({"bdh", "mamba", "mamba2", "lstm", "linear_attention"} & set(_FAMILIES)))
+@pytest.mark.parametrize(
+    "name", sorted({"bdh", "mamba", "mamba2", "lstm", "linear_attention", "gated_delta"} & set(_FAMILIES))
+)
 def test_recurrent_state_is_constant(name: str) -> None:
     model = _model(name)
     assert model.state_bytes(1, 1) == model.state_bytes(1, 1_000_000) > 0
