@@ -95,7 +95,8 @@ def cut(x: Tensor, chunk: int) -> Tensor:
     missing = -x.shape[2] % chunk
     if missing:
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing))
-    return x.unflatten(2, (-1, chunk))
+    pieces: Tensor = x.unflatten(2, (-1, chunk))
+    return pieces
 
 
 def join(x: Tensor, length: int) -> Tensor:

@@ -12,7 +12,7 @@ Legend: B batch, T tokens, V vocabulary, D width, F width of the MLP, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -26,10 +26,20 @@ from bdh_bench.types import Keep
 _DEPTHS = ((5e5, 4), (2e6, 5), (5e6, 6), (1.5e7, 7), (3e7, 8), (7e7, 10), (2e8, 12))
 
 
+class Mixer(nn.Module):
+    """What a block is built around; ``kept`` names what it remembers."""
+
+    kept: tuple[str, ...]
+
+    def empty(self, batch_size: int) -> dict[str, Tensor]:
+        """Zeros for everything in ``kept``."""
+        raise NotImplementedError
+
+
 class Stack(nn.Module):
     """Embedding, blocks, norm, and the embedding again as output layer."""
 
-    def __init__(self, vocabulary: int, width: int, layers: int, mixer: Callable[[], nn.Module]) -> None:
+    def __init__(self, vocabulary: int, width: int, layers: int, mixer: Callable[[], Mixer]) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.blocks = nn.ModuleList(Block(mixer(), width) for _ in range(layers))
@@ -45,15 +55,15 @@ class Stack(nn.Module):
         """
         x = self.embedding(tokens)  # (B, T, D)
         for i, block in enumerate(cast(list[Block], self.blocks)):
-            past = {name.partition(".")[0]: kept for name, kept in memory.items() if name.endswith(f".{i}")}
-            x, past = block(x, past, *given)
+            names = [name for name in block.mixer.kept if f"{name}.{i}" in memory]
+            x, past = block(x, {name: memory[f"{name}.{i}"] for name in names}, *given)
             memory.update((f"{name}.{i}", kept) for name, kept in past.items())
         x = self.norm(x if keep == "all" else x[:, -1:])
         return F.linear(x, self.embedding.weight)
 
     def memory(self, batch_size: int) -> TensorMemory:
         """The mixers' empty memories, ``name.i`` for ``name`` in block i."""
-        mixers = [cast(Any, block).mixer for block in self.blocks]
+        mixers = [block.mixer for block in cast(list[Block], self.blocks)]
         return TensorMemory(
             (f"{name}.{i}", kept) for i, mixer in enumerate(mixers) for name, kept in mixer.empty(batch_size).items()
         )
@@ -62,10 +72,10 @@ class Stack(nn.Module):
 class Block(nn.Module):
     """Mixer and SwiGLU, each normed before and added after."""
 
-    def __init__(self, mixer: nn.Module, width: int) -> None:
+    def __init__(self, mixer: Mixer, width: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(width)
-        self.mixer = mixer
+        self.mixer: Mixer = mixer
         self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width)
 
@@ -124,17 +134,31 @@ def depths(target: float) -> list[int]:
     return sorted(range(max(1, natural - reach), natural + reach + 1), key=lambda n: abs(n - natural))
 
 
-def widths(target: int, count: Callable[[int], int]) -> Iterator[int]:
-    """Widths on both sides of ``target`` for a count that grows with the width, round ones before odd ones."""
+def width_near(target: int, count: Callable[[int], int]) -> int:
+    """The roundest width that is close to ``target``, else the nearest, for a count that grows with the width."""
+    low, high = bracket(target, count)
+    for step in (16, 8, 4, 2):
+        below = max(step, low // step * step)
+        best = min((below, below + step), key=lambda width: abs(count(width) - target))
+        if close(count(best), target):
+            return best
+    return min((low, high), key=lambda width: abs(count(width) - target))
+
+
+def close(count: int, target: int) -> bool:
+    """Whether a natural shape is worth more than what is left to the target; sizes allow 2 %."""
+    return abs(count - target) <= 0.019 * target
+
+
+def bracket(target: int, count: Callable[[int], int]) -> tuple[int, int]:
+    """The two whole numbers next to each other, at least 1, whose counts lie on both sides of ``target``."""
     low, high = 1, 2
     while count(high) <= target:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= target else (low, middle)
-    for step in (16, 8, 4, 2, 1):
-        below = max(step, low // step * step)
-        yield from sorted((below, below + step), key=lambda width: abs(count(width) - target))
+    return low, high
 
 
 def wide(x: Tensor) -> Tensor:

@@ -26,7 +26,18 @@ from torch.nn import functional as F
 from bdh_bench.errors import SpecError
 from bdh_bench.kernels.gated_delta import CHUNK, gated_delta, gated_delta_step
 from bdh_bench.kernels.short_convolution import short_convolution
-from bdh_bench.models._block import RMSNorm, Stack, depths, surrounding_flops, surroundings, wide, wide_dtype, widths
+from bdh_bench.models._block import (
+    Mixer,
+    RMSNorm,
+    Stack,
+    close,
+    depths,
+    surrounding_flops,
+    surroundings,
+    wide,
+    wide_dtype,
+    width_near,
+)
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
@@ -37,7 +48,7 @@ DEFAULTS = {"learning_rate": 2e-3, "position_limit": "none"}
 class Config:
     """``key_dim`` and ``value_dim`` are features of one head; value_dim 0 means twice key_dim."""
 
-    d_model: int = 74
+    d_model: int = 66
     n_layer: int = 4
     n_head: int = 2
     key_dim: int = 32
@@ -69,15 +80,21 @@ def parameters(config: Config) -> int:
 def scaled(target: int, **pinned: Any) -> Iterator[Config]:
     """Shapes near ``target``: natural depths first; keys of 32 features, 64 when large, and heads for 3/4 of the width."""
     key = pinned.get("key_dim", 32 if target < 5e6 else 64)
-    for depth in [pinned["n_layer"]] if "n_layer" in pinned else depths(target):
+    layers = [pinned["n_layer"]] if "n_layer" in pinned else depths(target)
+    if "d_model" in pinned and "n_layer" not in pinned:
+        layers = sorted(range(1, 65), key=lambda n: abs(n - layers[0]))
+    for depth in layers:
         rough = (target / depth / 14) ** 0.5  # a block has about 14·D²
         for heads in [pinned["n_head"]] if "n_head" in pinned else _near(0.75 * rough / key):
             shape = {**pinned, "n_layer": depth, "n_head": heads, "key_dim": key}
-            if "d_model" in pinned:
-                yield Config(**shape)
-                continue
-            for width in widths(target, lambda d, shape=shape: parameters(Config(**shape, d_model=d))):  # type: ignore[misc]
-                yield Config(**shape, d_model=width)
+            config = Config(**({"d_model": _width(target, shape)} | shape))
+            yield config
+            if close(parameters(config), target):
+                return
+
+
+def _width(target: int, shape: dict[str, Any]) -> int:
+    return width_near(target, lambda width: parameters(Config(**{**shape, "d_model": width})))
 
 
 def _near(heads: float) -> list[int]:
@@ -86,7 +103,7 @@ def _near(heads: float) -> list[int]:
 
 
 class Model(Streaming, nn.Module):
-    """A stack of blocks around ``Mixer``."""
+    """A stack of blocks around ``GatedDelta``."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -97,7 +114,7 @@ class Model(Streaming, nn.Module):
                 raise SpecError(f"got {field.name}={got} for gated_delta · expected at least {least}")
         self.config = config
         self.vocab_size = config.vocab_size
-        self.stack = Stack(config.vocab_size, config.d_model, config.n_layer, lambda: Mixer(config))
+        self.stack = Stack(config.vocab_size, config.d_model, config.n_layer, lambda: GatedDelta(config))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, V), from an empty state."""
@@ -140,8 +157,10 @@ class Model(Streaming, nn.Module):
         return "torch chunked gated delta rule"
 
 
-class Mixer(nn.Module):
+class GatedDelta(Mixer):
     """One matrix in, convolutions, the memory, norm and gate, one matrix out."""
+
+    kept = ("conv", "state")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -179,8 +198,8 @@ class Mixer(nn.Module):
 def _remember(
     query: Tensor, key: Tensor, value: Tensor, log_alpha: Tensor, beta: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    given = (query, key, value, log_alpha, beta)
     if query.shape[2] > 1 or state is None:
-        return gated_delta(*given, state)
-    read, state = gated_delta_step(*(x[:, :, 0] for x in given), state)
+        return gated_delta(query, key, value, log_alpha, beta, state)
+    query, key, value, log_alpha, beta = (x[:, :, 0] for x in (query, key, value, log_alpha, beta))
+    read, state = gated_delta_step(query, key, value, log_alpha, beta, state)
     return read.unsqueeze(2), state

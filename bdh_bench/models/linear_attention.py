@@ -29,7 +29,18 @@ from torch.nn import functional as F
 from bdh_bench.errors import SpecError
 from bdh_bench.kernels import rotary
 from bdh_bench.kernels.linear_attention import CHUNK, linear_attention, linear_attention_step
-from bdh_bench.models._block import RMSNorm, Stack, depths, surrounding_flops, surroundings, wide, wide_dtype
+from bdh_bench.models._block import (
+    Mixer,
+    RMSNorm,
+    Stack,
+    bracket,
+    close,
+    depths,
+    surrounding_flops,
+    surroundings,
+    wide,
+    wide_dtype,
+)
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
@@ -37,7 +48,6 @@ DEFAULTS = {"learning_rate": 2e-3, "position_limit": "none"}
 
 _FEATURES = ("identity", "elu", "relu")
 _EPS = 1e-6  # of the normaliser, as in the published code
-_CLOSE = 0.019
 
 
 @dataclass(frozen=True)
@@ -91,8 +101,8 @@ def scaled(target: int, **pinned: Any) -> Iterator[Config]:
         usable = [f for f in found if "n_head" in pinned or 16 <= f[1].head_dim <= 64] or found
         for _, config in sorted(usable, key=lambda f: f[0]):
             yield config
-        if any(abs(parameters(config) - target) < _CLOSE * target for _, config in usable):
-            return  # a more natural depth is worth more than the last percent
+        if any(close(parameters(config), target) for _, config in usable):
+            return
 
 
 def _widths(target: int, depth: int, heads: int, pinned: dict[str, Any]) -> list[int]:
@@ -103,24 +113,18 @@ def _widths(target: int, depth: int, heads: int, pinned: dict[str, Any]) -> list
     def count(half: int) -> int:
         return parameters(Config(**{**pinned, "d_model": heads * 2 * half, "n_layer": depth, "n_head": heads}))
 
-    low, high = 1, 2
-    while count(high) <= target:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count(middle) <= target else (low, middle)
-    return [heads * 2 * low, heads * 2 * high]
+    return [heads * 2 * half for half in bracket(target, count)]
 
 
 class Model(Streaming, nn.Module):
-    """A stack of blocks around ``Mixer``."""
+    """A stack of blocks around ``LinearAttention``."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         _check(config)
         self.config = config
         self.vocab_size = config.vocab_size
-        self.stack = Stack(config.vocab_size, config.d_model, config.n_layer, lambda: Mixer(config))
+        self.stack = Stack(config.vocab_size, config.d_model, config.n_layer, lambda: LinearAttention(config))
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, V), from an empty state."""
@@ -166,12 +170,13 @@ class Model(Streaming, nn.Module):
         return "torch chunked linear attention"
 
 
-class Mixer(nn.Module):
+class LinearAttention(Mixer):
     """Queries, keys and values from one matrix; the memory; and a matrix back."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.kept = ("state", "keys") if config.summed else ("state",)
         keys = config.n_head * config.neurons
         self.parts = (keys, keys, config.d_model)
         self.qkv = nn.Linear(config.d_model, sum(self.parts), bias=False)

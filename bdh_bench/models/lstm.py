@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bdh_bench.errors import SpecError
-from bdh_bench.models._block import RMSNorm, widths
+from bdh_bench.models._block import RMSNorm, close, width_near
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
@@ -39,7 +39,7 @@ _LAYERS = ((2e6, 2), (3e7, 3))
 class Config:
     """D is the width of the residual stream and of every layer's state."""
 
-    d_model: int = 129
+    d_model: int = 128
     n_layer: int = 2
     vocab_size: int = 256
 
@@ -51,18 +51,21 @@ def parameters(config: Config) -> int:
 
 
 def scaled(target: int, **pinned: Any) -> Iterator[Config]:
-    """Shapes near ``target``: two to four layers, round widths before odd ones."""
+    """Shapes near ``target``: two to four layers."""
     natural = next((layers for limit, layers in _LAYERS if target <= limit), 4)
     vocabulary = pinned.get("vocab_size", 256)
     near = [n for n in (natural, natural + 1, natural - 1) if n > 0]
     if "d_model" in pinned:
         near = sorted(range(1, 65), key=lambda n: abs(n - natural))
     for layers in [pinned["n_layer"]] if "n_layer" in pinned else near:
-        if "d_model" in pinned:
-            yield Config(pinned["d_model"], layers, vocabulary)
-            continue
-        for width in widths(target, lambda d, layers=layers: parameters(Config(d, layers, vocabulary))):  # type: ignore[misc]
-            yield Config(width, layers, vocabulary)
+        config = Config(pinned.get("d_model") or _width(target, layers, vocabulary), layers, vocabulary)
+        yield config
+        if close(parameters(config), target):
+            return
+
+
+def _width(target: int, layers: int, vocabulary: int) -> int:
+    return width_near(target, lambda width: parameters(Config(width, layers, vocabulary)))
 
 
 class Model(Streaming, nn.Module):
@@ -127,8 +130,8 @@ class Layer(nn.Module):
         self.norm = RMSNorm(width)
         self.lstm = nn.LSTM(width, width, batch_first=True)
         with torch.no_grad():  # two biases are added; gates are in the order input, forget, cell, output
-            self.lstm.bias_ih_l0[width : 2 * width] = 1
-            self.lstm.bias_hh_l0[width : 2 * width] = 0
+            for name, forget in (("bias_ih_l0", 1.0), ("bias_hh_l0", 0.0)):
+                self.lstm.get_parameter(name)[width : 2 * width] = forget
 
     def train(self, mode: bool = True) -> Layer:
         """As always, but the LSTM stays in training mode: without dropout it only tells cuDNN that gradients may follow."""
@@ -142,8 +145,8 @@ class Layer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             normed = self.norm(x)
             if x.shape[1] == 1:  # on a CPU a quarter of the time that the LSTM takes for one token
-                weights = (cell.weight_ih_l0, cell.weight_hh_l0, cell.bias_ih_l0, cell.bias_hh_l0)
-                h, c = torch.lstm_cell(normed[:, 0], (h, c), *weights)
+                first, again, *biases = (w for _, w in cell.named_parameters())
+                h, c = torch.lstm_cell(normed[:, 0], (h, c), first, again, *biases)
                 return x + h.unsqueeze(1), h, c
             out, (h, c) = cell(normed, (h.unsqueeze(0), c.unsqueeze(0)))
             return x + out, h[0], c[0]
