@@ -127,10 +127,10 @@ def surrounding_flops(vocabulary: int, width: int, layers: int) -> int:
     return 2 * (vocabulary * width + layers * 3 * width * mlp_width(width))
 
 
-def depths(target: float) -> list[int]:
-    """The natural depth for so many parameters, then its neighbours."""
+def depths(target: int, pinned: bool) -> list[int]:
+    """The natural depth for so many parameters, then its neighbours; all others too where options are pinned."""
     natural = next((depth for limit, depth in _DEPTHS if target <= limit), 24)
-    reach = max(1, natural // 6)
+    reach = 36 if pinned else max(1, natural // 6)
     return sorted(range(max(1, natural - reach), natural + reach + 1), key=lambda n: abs(n - natural))
 
 

@@ -80,10 +80,7 @@ def parameters(config: Config) -> int:
 def scaled(target: int, **pinned: Any) -> Iterator[Config]:
     """Shapes near ``target``: natural depths first; keys of 32 features, 64 when large, and heads for 3/4 of the width."""
     key = pinned.get("key_dim", 32 if target < 5e6 else 64)
-    layers = [pinned["n_layer"]] if "n_layer" in pinned else depths(target)
-    if "d_model" in pinned and "n_layer" not in pinned:
-        layers = sorted(range(1, 65), key=lambda n: abs(n - layers[0]))
-    for depth in layers:
+    for depth in [pinned["n_layer"]] if "n_layer" in pinned else depths(target, bool(pinned)):
         rough = (target / depth / 14) ** 0.5  # a block has about 14·D²
         for heads in [pinned["n_head"]] if "n_head" in pinned else _near(0.75 * rough / key):
             shape = {**pinned, "n_layer": depth, "n_head": heads, "key_dim": key}

@@ -89,10 +89,7 @@ def parameters(config: Config) -> int:
 def scaled(target: int, **pinned: Any) -> Iterator[Config]:
     """Shapes near ``target``: the natural depth first, then its neighbours; heads of about 32 features, 64 when large."""
     wanted = 32 if target < 5e6 else 64
-    layers = [pinned["n_layer"]] if "n_layer" in pinned else depths(target)
-    if "d_model" in pinned and "n_layer" not in pinned:
-        layers = sorted(range(1, 65), key=lambda n: abs(n - layers[0]))
-    for depth in layers:
+    for depth in [pinned["n_layer"]] if "n_layer" in pinned else depths(target, bool(pinned)):
         found: list[tuple[float, Config]] = []
         for heads in [pinned["n_head"]] if "n_head" in pinned else range(1, 65):
             for width in _widths(target, depth, heads, pinned):
