@@ -161,11 +161,8 @@ def test_the_mixer_is_attention_over_all_pairs(feature: str, rope: bool) -> None
     plain = (query @ key.mT).tril()
     scores = (rotated(query, 100.0) @ rotated(key, 100.0).mT).tril() if rope else plain
     read = scores @ heads[2]
-    if feature == "elu":
-        read = read / plain.sum(3, keepdim=True)
-    else:
-        read = read / (read.square().mean(3, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(got, mixer.out(read.transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-6)
+    sizes = plain.sum(3, keepdim=True) if feature == "elu" else (read.square().mean(3, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(got, mixer.out((read / sizes).transpose(1, 2).flatten(2)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -204,7 +201,10 @@ def test_what_stands_around_the_memory_is_llama() -> None:
 
     torch.manual_seed(0)
     x, ours, norm = torch.randn(2, 5, 24), SwiGLU(24), RMSNorm(24)
-    theirs, their_norm = LlamaMLP(LlamaConfig(hidden_size=24, num_attention_heads=2, intermediate_size=64)), LlamaRMSNorm(24)
+    theirs, their_norm = (
+        LlamaMLP(LlamaConfig(hidden_size=24, num_attention_heads=2, intermediate_size=64)),
+        LlamaRMSNorm(24),
+    )
     weight = torch.randn(24)
     with torch.no_grad():
         theirs.gate_proj.weight.copy_(ours.gate_up.weight[:64])
