@@ -90,11 +90,12 @@ class _Rule(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             q, k, v, a, b = (cut(x, chunk) for x in (query, key, value, log_alpha, beta))
             fade, b = _Fade.of(a), b.unsqueeze(4)  # (B, H, R, C, 1)
-            mixed, wide = _system(k, b, fade), torch.cat((v, fade.start * k), 4)
-            written, reach = torch.linalg.solve_triangular(mixed, b * wide, upper=False, unitriangular=True).split(
-                (v.shape[4], k.shape[4]), 4
-            )  # X (B, H, R, C, D) and W (B, H, R, C, N)
-            written, late = written.contiguous(), fade.end * k
+            system = (b * (k @ k.mT * fade.pair)).tril_(-1)  # M; the solves take the diagonal as ones
+            right = b * torch.cat((v, fade.start * k), 4)
+            solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+            parts = solved.split((v.shape[4], k.shape[4]), 4)
+            written, reach = (x.contiguous() for x in parts)  # X (B, H, R, C, D) and W (B, H, R, C, N)
+            late = fade.end * k
             after = value.new_zeros(*q.shape[:2], q.shape[4], v.shape[4]) if state is None else state
             edges = []
             for r in range(q.shape[2]):
@@ -124,17 +125,18 @@ class _Rule(torch.autograd.Function):
                 flow = fade.whole[:, :, r] * flow + read[:, :, r] - reach[:, :, r].mT @ d_written[:, :, r]
             after = torch.stack(flows[::-1], 2)  # G' of every chunk (B, H, R, N, D)
             # through the system: dR of its right side, dM of its matrix
-            d_right = torch.linalg.solve_triangular(_system(k, b, fade).mT, d_written, upper=True, unitriangular=True)
+            d_right = torch.linalg.solve_triangular((b * alike).tril(-1).mT, d_written, upper=True, unitriangular=True)
             d_mixed = -(d_right @ written.mT).tril_(-1)
             d_seen = (dy @ written.mT).tril_()
+            d_scores, mixed = d_seen * fade.pair, d_mixed * alike
             d_value, d_alike, answered = b * d_right, b * d_mixed * fade.pair, fade.start * (k @ before)
             from_before, from_after = dy @ before.mT, written @ after.mT
-            d_query = (d_seen * fade.pair) @ k + fade.start * from_before
-            d_key = (d_alike + d_alike.mT) @ k + (d_seen * fade.pair).mT @ q
+            d_query = d_scores @ k + fade.start * from_before
+            d_key = (d_alike + d_alike.mT) @ k + d_scores.mT @ q
             d_key += fade.end * from_after - fade.start * (d_value @ before.mT)
-            d_beta = (d_right * (v - answered)).sum(4) + (d_mixed * alike).sum(4)
+            d_beta = (d_right * (v - answered)).sum(4) + mixed.sum(4)
             # through the fading: every factor is the exponential of a difference of two sums of log α
-            pairs = b * d_mixed * alike + d_seen * seen
+            pairs = b * mixed + d_seen * seen
             ends = (late * from_after).sum(4)
             d_sum = pairs.sum(4) - pairs.sum(3) + (fade.start * q * from_before).sum(4) - ends
             d_sum -= (d_value * answered).sum(4)
@@ -162,8 +164,3 @@ class _Fade(NamedTuple):
         future = torch.ones(length, length, dtype=torch.bool, device=log_alpha.device).triu_(1)
         pair = (total - total.mT).masked_fill_(future, -torch.inf).exp_()
         return cls(total.exp(), (last - total).exp(), pair, last.exp())
-
-
-def _system(k: Tensor, b: Tensor, fade: _Fade) -> Tensor:
-    """M (B, H, R, C, C) below the diagonal; the solves take the diagonal as ones."""
-    return (b * (k @ k.mT)).mul_(fade.pair).tril_(-1)
