@@ -191,7 +191,7 @@ def _bound(node: ast.stmt) -> set[str]:
 
 
 def _describe_plugin(kind: str, point: EntryPoint) -> Entry:
-    origin = point.dist.name if point.dist else "unknown distribution"
+    origin = (point.dist and point.dist.name) or "unknown distribution"
     broken = Entry(kind, point.name, origin, point.value, "")
     if not is_family(point.name):
         return replace(broken, problem="its name cannot be written on the command line; use letters, digits, _ and -")

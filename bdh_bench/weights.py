@@ -9,10 +9,12 @@ are refused. ``inspect`` needs no torch, so that a request is checked before any
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,20 @@ class WeightsFile:
     path: Path
     config_path: Path | None
     config: Mapping[str, Any] | None
+
+    def digest(self) -> str:
+        """sha256 over the bytes of both, whatever they are called."""
+        stamps = [(p.stat().st_mtime_ns, p.stat().st_size) if p else None for p in (self.path, self.config_path)]
+        return _digest(self.path, self.config_path, tuple(stamps))
+
+
+@cache
+def _digest(path: Path, config_path: Path | None, stamps: object) -> str:
+    """Read once per process and version of the files: every cell of a run asks."""
+    digest = hashlib.sha256(config_path.read_bytes() if config_path else b"")
+    with path.open("rb") as file:
+        digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def inspect(path: str | Path) -> WeightsFile:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bdh_bench import checking, laws, load_model
-from bdh_bench.cli import main
 from bdh_bench.errors import PluginError, SpecError, UnknownNameError
 from bdh_bench.loading import build
 from bdh_bench.models import bdh, llama
@@ -38,19 +36,6 @@ def _edited(path: Path, old: str, new: str) -> Path:
     return path
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command in this process, which has torch already: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bdh-bench", "check", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(str(ended.value.code)), *capsys.readouterr())
-
-    return call
-
-
 def test_a_sound_model_from_a_file(theirs: Path) -> None:
     report = checking.check(str(theirs))
     assert report.kept
@@ -71,7 +56,7 @@ def test_what_does_not_apply_is_never_shown_as_kept() -> None:
 
 def test_a_broken_law_ends_with_code_6_and_says_which(theirs: Path, cli: Any) -> None:
     wrong = _edited(theirs, "return batch_size * self.config.n_layer", "return 2 * batch_size * self.config.n_layer")
-    code, out, err = cli(str(wrong), "--json")
+    code, out, err = cli("check", str(wrong), "--json")
     assert code == 6, err
     answer = json.loads(out)
     assert (answer["schema"], answer["status"]) == ("bdh-bench/check/1", "failed")
@@ -85,7 +70,7 @@ def test_the_table_has_a_row_for_each_law(theirs: Path, cli: Any) -> None:
     raises = _edited(
         theirs, "        x = self.embed(tokens)", "        assert tokens.shape[1] != 1, 'one\\ntoken'\n        x = 0"
     )
-    code, out, err = cli(str(raises))
+    code, out, err = cli("check", str(raises))
     assert code == 6
     head, *rows = out.splitlines()
     assert head.split() == ["law", "result", "error", "at", "most", "detail"]

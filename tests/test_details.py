@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from bdh_bench import columns, details, list_models, load_model, registry
-from bdh_bench.cli import main
 from bdh_bench.models import mamba, toy
 from bdh_bench.registry import Entry
 
@@ -101,26 +99,13 @@ def test_past_the_last_position_there_is_a_dash() -> None:
     assert (row["state at 1k"], row["state at 64k"], row["positions"]) == ("–", "–", "384")
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """``list models`` in this process, which has torch already: exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bdh-bench", "list", "models", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (int(str(ended.value.code)), *capsys.readouterr())
-
-    return call
-
-
 def test_the_command_in_a_pipe_and_as_json(cli: Any) -> None:
-    code, out, _ = cli("--details", "--size", "1m")
+    code, out, _ = cli("list", "models", "--details", "--size", "1m")
     head, *lines = out.splitlines()
     assert code == 0
     assert len(lines) == len(list_models())
     assert all(line[head.index("origin") :].startswith("built in") for line in lines)
-    code, out, _ = cli("--details", "--size", "1m", "--json")
+    code, out, _ = cli("list", "models", "--details", "--size", "1m", "--json")
     by_name = {row["name"]: row for row in json.loads(out)["data"]["models"]}
     assert code == 0
     assert by_name["bdh"]["size"] == "1m"
@@ -132,7 +117,7 @@ def test_the_command_in_a_pipe_and_as_json(cli: Any) -> None:
     ("arguments", "says"), [(["--size", "1m"], "add --details"), (["--details", "--size", "2m"], "no size called '2m'")]
 )
 def test_sizes_that_cannot_be(arguments: list[str], says: str, cli: Any) -> None:
-    code, _, err = cli(*arguments)
+    code, _, err = cli("list", "models", *arguments)
     assert code == 2
     assert says in err
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,14 +54,6 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 def _forget() -> None:
     for cached in (registry._entries, sources.source_path, sources._imports):
         cached.cache_clear()
-
-
-def _cli(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, "-m", "bdh_bench.cli", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path, **environment}
-    )
 
 
 def _row(name: str) -> registry.Entry:
@@ -168,19 +160,28 @@ _HIDDEN = (
 )
 
 
-def test_a_plugin_that_raises_in_use_is_blamed_with_its_distribution(install: Install) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [["check", "theirs"], ["generate", "theirs"], ["run", "--models", "theirs", "--task", "memory", "--runs", "RUNS"]],
+)
+def test_a_plugin_that_raises_in_use_is_blamed_with_its_distribution(
+    command: list[str], install: Install, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = install("their-models", "theirs = their_file", their_file=_MODEL + _HIDDEN)
-    listed = _cli(folder, "list", "models")
-    assert listed.returncode == 0
-    assert "their-models" in listed.stdout
-    done = _cli(folder, "check", "theirs")
-    assert done.returncode == 2
-    assert "model 'theirs' from their-models cannot be imported: RuntimeError: no luck" in done.stderr
-    assert "defect" not in done.stderr
-    assert done.stderr.count("\n") == 1
-    traced = _cli(folder, "check", "theirs", BDH_BENCH_DEBUG="1")
-    assert traced.returncode == 2
-    assert "in _fail" in traced.stderr
+    command = [word.replace("RUNS", str(folder / "runs")) for word in command]
+    code, out, _ = cli("list", "models")
+    assert code == 0
+    assert "their-models" in out
+    code, _, err = cli(*command)
+    assert code == 2
+    assert "model 'theirs' from their-models cannot be imported: RuntimeError: no luck" in err
+    assert "defect" not in err
+    assert err.count("\n") == 1
+    assert not (folder / "runs").exists()
+    monkeypatch.setenv("BDH_BENCH_DEBUG", "1")
+    code, _, err = cli(*command)
+    assert code == 2
+    assert "in _fail" in err
 
 
 def test_a_plugin_that_cannot_be_built_is_blamed_too(install: Install) -> None:
@@ -192,17 +193,18 @@ def test_a_plugin_that_cannot_be_built_is_blamed_too(install: Install) -> None:
         load_model("theirs:d_model=8")
 
 
-def test_warnings_show_in_every_listing(install: Install) -> None:
-    folder = install("first-models", "bad = first_file\nbdh = first_file", first_file="raise OSError\n")
-    plain = _cli(folder, "list", "models").stdout
+def test_warnings_show_in_every_listing(install: Install, cli: Any) -> None:
+    install("first-models", "bad = first_file\nbdh = first_file", first_file="raise OSError\n")
+    code, plain, _ = cli("list", "models")
+    assert code == 0
     assert "bad  first-models  warning: " in plain
     assert "bdh  first-models  warning: " in plain
-    rows = json.loads(_cli(folder, "list", "models", "--json").stdout)["data"]["models"]
+    rows = json.loads(cli("list", "models", "--json")[1])["data"]["models"]
     assert {row["name"] for row in rows if row["problem"]} == {"bad", "bdh"}
-    table = _cli(folder, "list", "models", "--details")
-    assert table.returncode == 0, table.stderr
-    assert table.stdout.count("problem: ") == 2
-    assert "bdh@quick" in table.stdout
+    code, table, err = cli("list", "models", "--details")
+    assert code == 0, err
+    assert table.count("problem: ") == 2
+    assert "bdh@quick" in table
 
 
 # -- editing a plug-in invalidates its results --------------------------------------------------------------------------
@@ -213,10 +215,11 @@ def _digest(module: str) -> str:
     return source_digest(module, "bdh_bench.tasks.memory")
 
 
-@pytest.mark.parametrize("edited", ["model", "_core", "_deep", "__init__"])
+@pytest.mark.parametrize("edited", ["model", "_core", "_deep", "__init__", "_first"])
 def test_editing_any_file_that_a_plugin_imports_changes_its_digest(edited: str, install: Install) -> None:
     files = {
-        "__init__": "",
+        "__init__": "from . import _first\n",
+        "_first": "",
         "model": "from . import _core\n" + _MODEL,
         "_core": "from bdh_bench_like._deep import x\n",
         "_deep": "x = 1\n",

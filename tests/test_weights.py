@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,8 @@ from bdh_bench import load_model, loading
 from bdh_bench.conversion import convert
 from bdh_bench.errors import CheckpointError, SpecError, UnknownNameError
 from bdh_bench.models import bdh, mamba
+from bdh_bench.runner.plan import make_plan
+from bdh_bench.spec import RunSpec
 from bdh_bench.weights import inspect, read_weights
 
 _PUBLISHED = {
@@ -296,15 +297,39 @@ def test_paths_that_name_no_weights(folder: Path, tmp_path: Path) -> None:
             load_model(f"bdh:weights={path}")
 
 
-def test_bad_weights_end_a_run_before_it_begins(folder: Path, tmp_path: Path) -> None:
+def test_bad_weights_end_a_run_before_it_begins(folder: Path, tmp_path: Path, cli: Any) -> None:
     save_file(_without("decoder"), folder / "model.safetensors")
-    command = ["run", "--models", f"bdh:weights={folder}", "--task", "memory", "--runs", str(tmp_path / "runs")]
-    done = subprocess.run(
-        [sys.executable, "-m", "bdh_bench.cli", *command], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "missing tensors decoder" in done.stderr
+    request = ["run", "--models", f"bdh:weights={folder}", "--task", "memory", "--runs", str(tmp_path / "runs")]
+    code, _, err = cli(*request)
+    assert code == 2
+    assert "missing tensors decoder" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_other_weights_under_the_same_name_are_other_cells(folder: Path) -> None:
+    request = RunSpec((f"bdh:weights={folder}",), ("memory",), contexts=(64,))
+    (before,) = make_plan(request).cells
+    assert make_plan(request).cells == (before,)
+    save_file(_weights(seed=4), folder / "model.safetensors")
+    (other,) = make_plan(request).cells
+    (folder / "config.json").write_text(json.dumps({**_PUBLISHED, "n_layer": 4}))
+    (deeper,) = make_plan(request).cells
+    assert len({before.key, other.key, deeper.key}) == 3
+
+
+def test_the_command_writes_reads_and_warns(folder: Path, tmp_path: Path, cli: Any) -> None:
+    code, out, err = cli("convert", f"bdh:weights={folder}", "--to", "published", "--output", str(tmp_path / "a"))
+    assert (code, out.strip()) == (0, str(tmp_path / "a" / "model.safetensors"))
+    assert "warning" not in err
+    small = "bdh:n_layer=1:n_embd=8:n_head=1:mlp_internal_dim_multiplier=2"
+    code, out, err = cli("convert", small, "--to", "published", "--output", str(tmp_path / "b"), "--json")
+    answer = json.loads(out)
+    assert (code, answer["schema"], answer["data"]["random"]) == (0, "bdh-bench/convert/1", True)
+    assert "these weights are random" in err
+    assert torch.equal(_logits(small), _logits(f"bdh:weights={tmp_path}/b"))
+    code, _, err = cli("convert", small, "--to", "published", "--output", str(tmp_path / "b"))
+    assert code == 2
+    assert "exists already" in err
 
 
 def test_option_types_are_read_from_real_annotations_too() -> None:

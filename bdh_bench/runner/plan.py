@@ -106,7 +106,7 @@ def make_plan(spec: RunSpec) -> Plan:
     models = [parse_model(name) for name in spec.models]
     tasks = [parse_model(name) for name in spec.tasks]
     for model in models:
-        registry.check(model)
+        _check_plugin(registry.check(model))
         _check_weights(model, spec.train_context)
     for task in tasks:
         _check_task(task)
@@ -133,11 +133,18 @@ def _check_task(task: ModelSpec) -> None:
     entry = registry.find("tasks", task.family)
     if task.size or task.name:
         raise SpecError(f"got task {str(task)!r} · expected NAME[:key=value]")
+    _check_plugin(entry)
     for key, text in task.options:
         if key not in entry.options:
             raise UnknownNameError(f"option of task {task.family}", key, entry.options)
         if not isinstance(_literal(text), int) or int(text) < 1:
             raise SpecError(f"got {key}={text} for task {task.family} · expected a whole number of at least 1")
+
+
+def _check_plugin(entry: registry.Entry) -> None:
+    """Import what another package brings once before the run: that it cannot be imported is a usage error too."""
+    if entry.origin != registry.BUILT_IN:
+        registry.load(entry.kind, entry.name)
 
 
 def _check_weights(model: ModelSpec, train_context: int) -> None:
@@ -271,6 +278,8 @@ def _cell(
             "bdh_bench.runner.worker",
         ),
     }
+    if path := model.option("weights"):
+        inputs["weights"] = inspect(path).digest()
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
     if facts.get("trains"):
