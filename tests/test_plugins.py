@@ -38,7 +38,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "entry_points.txt").write_text(f"[bdh_bench.{group}]\n{points}\n")
         for name, text in files.items():
             path = tmp_path / f"{name.replace('__in__', '/')}.py"
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         _forget()
         return tmp_path
@@ -233,6 +233,17 @@ def test_editing_any_file_that_a_plugin_imports_changes_its_digest(edited: str, 
     with (folder / "bdh_bench_like" / f"{edited}.py").open("a") as file:
         file.write("\n# another version\n")
     assert before != _digest("bdh_bench_like.model")
+
+
+def test_the_packages_above_a_plugin_count_as_they_run_when_it_is_imported(install: Install) -> None:
+    folder = install(
+        "t", "t = its.own.model", its__in____init__="", its__in__own__in____init__="", its__in__own__in__model=_MODEL
+    )
+    digests = [_digest("its.own.model")]
+    for package in ("its", "its/own"):
+        (folder / package / "__init__.py").write_text("import torch\n")
+        digests.append(_digest("its.own.model"))
+    assert len(set(digests)) == 3
 
 
 def test_an_edited_plugin_plans_other_cells(install: Install) -> None:
