@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,6 +78,16 @@ def test_installed_projects_run(scratch: Path, tmp_path: Path) -> None:
     points = json.loads(_run([sys.executable, "-m", "bdh_bench.cli", "export", "t"], scratch, tmp_path))
     values = {p["axes"]["distance"]: p["value"] for p in points if p["metric"] == "influence"}
     assert values == {1: 0, 2: 0, 4: 0, 8: 0, 16: 1, 32: 0, 64: 0}
+
+
+def test_an_editable_installation_points_at_the_source(tmp_path: Path) -> None:
+    """What ``pip install --editable .`` would do: the file that is edited is the file that runs and is digested."""
+    scaffold.create("model", "mine", tmp_path / "mine")
+    code = f"import hatchling.build; print(hatchling.build.build_editable({str(tmp_path)!r}))"
+    wheel = tmp_path / _run([sys.executable, "-c", code], tmp_path, tmp_path / "mine").strip()
+    with zipfile.ZipFile(wheel) as archive:
+        (pointer,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith(".pth"))
+    assert Path(pointer.strip()) == tmp_path / "mine"
 
 
 # -- what a new project holds -------------------------------------------------------------------------------------------
