@@ -16,8 +16,6 @@ from bdh_bench.loading import resolve
 from bdh_bench.registry import Entry
 from bdh_bench.spec import DEFAULT_SIZE, ModelSpec
 
-#: A family whose name is not a model until an ID follows.
-_NEEDS_AN_ID = {"hf"}
 _CONTEXTS = {"1k": 1024, "64k": 65_536}
 NUMBERS = ("parameters", "FLOPs/token", "state at 1k", "state at 64k")
 
@@ -26,7 +24,7 @@ def describe(entry: Entry, size: str = "") -> dict[str, Any]:
     """The facts of one family at ``size`` (its own default without one); of a model that cannot be built, ``problem``."""
     if entry.problem:
         return {}
-    if entry.name in _NEEDS_AN_ID:
+    if entry.defaults.get("needs_name"):
         return {"missing": f"an ID: {entry.name}:ID"}
     if entry.defaults.get("words"):
         return {"missing": f"a word: {entry.name}:{next(iter(entry.defaults['words']))}, …"}

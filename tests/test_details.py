@@ -15,7 +15,9 @@ from bdh_bench import columns, details, list_models, load_model, registry
 from bdh_bench.models import mamba, toy
 from bdh_bench.registry import Entry
 
-_BUILT = [e for e in list_models() if not e.problem and not e.defaults.get("words") and e.name != "hf"]
+_BUILT = [
+    e for e in list_models() if not e.problem and not e.defaults.get("words") and not e.defaults.get("needs_name")
+]
 
 
 @pytest.mark.parametrize("entry", _BUILT, ids=lambda e: e.name)
@@ -37,7 +39,7 @@ def test_facts_are_those_of_the_built_model(entry: Entry, size: str) -> None:
 def test_what_a_name_alone_does_not_build_is_said() -> None:
     (toys,) = (e for e in list_models() if e.name == "toy")
     assert details.describe(toys) == {"missing": "a word: toy:uniform, …"}
-    assert details.describe(Entry("models", "hf", "built in", "bdh_bench.models.absent", "")) == {
+    assert details.describe(Entry("models", "hf", "built in", "bdh_bench.models.absent", "", {"needs_name": True})) == {
         "missing": "an ID: hf:ID"
     }
     assert details.describe(Entry("models", "x", "them", "x", "", problem="broken")) == {}
