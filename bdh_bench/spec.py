@@ -54,6 +54,11 @@ class ModelSpec:
         return dict(self.options).get(key)
 
 
+def is_family(name: str) -> bool:
+    """Whether ``name`` can stand as a family on the command line."""
+    return _WORD.match(name) is not None
+
+
 def _quote(value: str) -> str:
     return f'"{value}"' if ":" in value or "," in value else value
 
