@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: quickstart test check lint types fix sweep bench-engine clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -42,6 +42,9 @@ sweep: $(VENV)/.user
 
 bench-engine: $(VENV)/.user
 	$(BIN)/python benchmarks/engine.py --trained
+
+bench-cache: $(VENV)/.user
+	$(BIN)/python benchmarks/cache_decode.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -339,6 +340,77 @@ def generate(
     )
 
 
+@app.command()
+def new(
+    kind: Annotated[str, typer.Argument(help="model or task.")],
+    name: Annotated[str, typer.Argument(help="Its name on the command line.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The project's new folder; ./NAME without it.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write a project outside this repository with one working model or task in it."""
+    from bdh_bench.scaffold import create
+
+    files = create(kind, name, output)
+    if json_:
+        _print_json("new", "ok", {"folder": str(files[0].parent), "files": [str(file) for file in files]})
+        return
+    for file in files:
+        typer.echo(str(file))
+    then = f"bdh-bench check {name}" if kind == "model" else f"bdh-bench run --models toy:uniform --task {name}"
+    _say(f"next: pip install --editable {shlex.quote(str(files[0].parent))} && {then}")
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="NAME[@SIZE][:key=value]…, or the path of a model's .py file.")],
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Hold one model to every law that its numbers would rest on; exit code 6 where one is broken."""
+    from bdh_bench import checking, columns
+
+    report = checking.check(model, device)
+    broken = report.count(checking.BROKEN)
+    if json_:
+        errors = [
+            {"code": "LawError", "message": f"{law['law']}: {law['error']} · {law['detail']}", "hint": "", "cell": None}
+            for law in report.as_json()["laws"]
+            if law["result"] == checking.BROKEN
+        ]
+        _print_json("check", "failed" if broken else "ok", report.as_json(), errors)
+    else:
+        columns.show(report.as_rows(), right=("error", "at most"))
+        _say(
+            f"{report.model}: {report.count(checking.KEPT)} kept, {broken} broken, "
+            f"{report.count(checking.NOT_APPLICABLE)} do not apply · {report.parameters:,} parameters"
+        )
+    if broken:
+        raise typer.Exit(6)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="NAME[@SIZE][:key=value]…, mostly with weights=PATH.")],
+    to: Annotated[str, typer.Option("--to", help="published or transformers.")],
+    output: Annotated[Path, typer.Option("--output", help="The new folder.")],
+    format_: Annotated[str, typer.Option("--format", help="safetensors or pt.")] = "safetensors",
+    json_: Json = False,
+) -> None:
+    """Write a model's weights and config.json in a layout that others read; weights=FOLDER reads it back."""
+    from bdh_bench.conversion import convert as write
+
+    done = write(model, to, output, format_)
+    if done["random"]:
+        _say("warning: these weights are random; name trained ones with weights=PATH")
+    if json_:
+        _print_json("convert", "ok", done)
+    else:
+        typer.echo(done["weights"])
+        _say(f"{done['model']}: {done['parameters']:,} parameters as {to} · read them back with weights={output}")
+
+
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="models, tasks or runs.")],
@@ -346,34 +418,53 @@ def list_(
     details: Annotated[
         bool, typer.Option("--details", help="Parameters, operations, state bytes, kernels (loads torch).")
     ] = False,
+    size: Annotated[
+        str, typer.Option("--size", help="With --details: quick, 1m, …; for families that have sizes.")
+    ] = "",
     json_: Json = False,
 ) -> None:
     """What is registered, or what has been run."""
     if what not in ("models", "tasks", "runs"):
         raise UnknownNameError("list", what, ("models", "tasks", "runs"))
-    rows = _run_rows(runs) if what == "runs" else _entry_rows(what, details)
+    if size and not details:
+        raise SpecError("got --size without --details · expected both", "add --details")
+    details = details and what == "models"
+    rows = _run_rows(runs) if what == "runs" else _entry_rows(what, details, size)
     if json_:
         _print_json("list", "ok", {what: rows})
         return
+    if details:
+        from bdh_bench import columns
+        from bdh_bench.details import NUMBERS, as_row
+
+        columns.show([as_row(row) for row in rows], right=NUMBERS)
+        return
     for row in rows:
-        typer.echo("  ".join(f"{value}" for value in row.values() if value not in ("", None)))
+        shown = {k: v for k, v in row.items() if not (row.get("problem") and k == "position_limit")}
+        if shown.get("problem"):
+            shown["problem"] = f"warning: {shown['problem']}"
+        typer.echo("  ".join(f"{value}" for value in shown.values() if value not in ("", None)))
     if not rows:
         _say(f"no {what} here")
 
 
-def _entry_rows(kind: str, details: bool) -> list[dict[str, Any]]:
+def _entry_rows(kind: str, details: bool, size: str) -> list[dict[str, Any]]:
     from bdh_bench import registry
+    from bdh_bench.spec import SIZES
 
+    if size and size not in SIZES:
+        raise UnknownNameError("size", size, SIZES)
     rows: list[dict[str, Any]] = []
     for entry in registry.list_models() if kind == "models" else registry.list_tasks():
-        row: dict[str, Any] = {"name": entry.name, "origin": entry.origin, "summary": entry.problem or entry.summary}
+        row: dict[str, Any] = {"name": entry.name, "origin": entry.origin, "summary": entry.summary}
+        row["problem"] = entry.problem
         if kind == "models":
             row["position_limit"] = entry.defaults.get("position_limit", "unknown")
             row["words"] = ", ".join(entry.defaults.get("words", ()))
-            if details and not entry.problem:
-                from bdh_bench.loading import describe
+            if details:
+                from bdh_bench.details import describe
 
-                row |= describe(entry.name)
+                row |= describe(entry, size)
         rows.append(row)
     return rows
 
@@ -493,6 +584,8 @@ def main() -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except BenchError as error:
+        if os.environ.get("BDH_BENCH_DEBUG"):
+            traceback.print_exc()
         code = _fail(arguments, error.exit_code, type(error).__name__, error.message, error.hint)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(arguments, 130, "Interrupted", "stopped by the user", "")

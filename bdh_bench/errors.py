@@ -7,6 +7,7 @@
     │   ├── CorpusError             2   text that is missing, empty or too short
     │   ├── CheckpointError         2   weights that cannot be used with this model
     │   ├── StoreError              2   a runs folder that cannot be read or written
+    │   ├── PluginError             2   a model or task of another package that is broken, or a name two packages claim
     │   └── MissingExtraError       2   an optional package is needed
     ├── PositionLimitError          2   a model was asked to go past its last position
     ├── SessionError                2   a stream was used wrongly
@@ -64,6 +65,10 @@ class CheckpointError(SpecError):
 
 class StoreError(SpecError):
     """A runs folder that cannot be read or written, or a run in use."""
+
+
+class PluginError(SpecError):
+    """A model or task that another package brings is broken, or its name is not its own."""
 
 
 class MissingExtraError(SpecError):

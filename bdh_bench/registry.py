@@ -2,7 +2,8 @@
 
 The file name is the name: ``models/NAME.py`` is the model NAME, ``tasks/NAME.py`` the task NAME; a leading underscore
 hides a file, and a file in ``models/`` that binds no name ``Model`` is theory about models and is not listed. Packages
-outside add theirs by the entry-point groups ``bdh_bench.models`` and ``bdh_bench.tasks``.
+outside add theirs by the entry-point groups ``bdh_bench.models`` and ``bdh_bench.tasks``; a plug-in cannot take the name of a
+built-in, and a name that two plug-ins bring belongs to neither.
 
 What a listing needs is read from the source text (first docstring line, literal constants, the fields of ``Config``), so
 that ``list``, ``--help`` and the checks before a run start without torch. A model file defines
@@ -18,18 +19,26 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bdh_bench.errors import SpecError, UnknownNameError
-from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec
+from bdh_bench.errors import BenchError, PluginError, SpecError, UnknownNameError
+from bdh_bench.sources import source_path
+from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family
 
 _PACKAGE = Path(__file__).parent
+BUILT_IN = "built in"
+
+#: What a file must bind at its top to be a model or a task.
+_NEEDS = {"models": ("Config", "Model"), "tasks": ("Config", "run")}
 
 
 @dataclass(frozen=True)
@@ -52,28 +61,70 @@ class Entry:
 
 def list_models() -> list[Entry]:
     """Every registered model, sorted by name; nothing is imported."""
-    return [*_entries("models").values()]
+    return [*_entries("models")]
 
 
 def list_tasks() -> list[Entry]:
     """Every registered task, sorted by name; nothing is imported."""
-    return [*_entries("tasks").values()]
+    return [*_entries("tasks")]
 
 
 def find(kind: str, name: str) -> Entry:
-    """The entry of kind "models" or "tasks" called ``name``. Raises UnknownNameError, or SpecError if it is broken."""
-    entries = _entries(kind)
-    if name not in entries:
-        raise UnknownNameError(kind[:-1], name, entries)
-    entry = entries[name]
+    """The entry of kind "models" or "tasks" called ``name``. Raises UnknownNameError, or PluginError if it cannot be used."""
+    named = [entry for entry in _entries(kind) if entry.name == name]
+    if not named:
+        raise UnknownNameError(kind[:-1], name, {entry.name for entry in _entries(kind)})
+    entry = named[0]  # the built-in, where there is one
     if entry.problem:
-        raise SpecError(f"{kind[:-1]} {name!r} from {entry.origin} cannot be used: {entry.problem}")
+        origins = " and ".join(e.origin for e in named)
+        raise PluginError(f"{kind[:-1]} {name!r} from {origins} cannot be used: {entry.problem}", _remedy(named))
     return entry
 
 
+def _remedy(named: list[Entry]) -> str:
+    if any(entry.origin == BUILT_IN for entry in named):
+        return "correct that file"
+    return f"uninstall one of them: pip uninstall {named[0].origin}" if len(named) > 1 else "correct that package"
+
+
 def load(kind: str, name: str) -> ModuleType:
-    """Import the file of this model or task. A broken file raises its own error."""
-    return importlib.import_module(find(kind, name).module)
+    """Import the file of this model or task. A broken file of this package raises its own error, a plug-in's a PluginError."""
+    entry = find(kind, name)
+    with blame(entry, "be imported"):
+        return importlib.import_module(entry.module)
+
+
+@contextmanager
+def blame(entry: Entry, action: str) -> Iterator[None]:
+    """Whatever a plug-in raises in here is reported as its own error, not as a defect of this package."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if entry.origin == BUILT_IN or isinstance(error, BenchError):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PluginError(
+            f"{entry.kind[:-1]} {entry.name!r} from {entry.origin} cannot {action}: {said}",
+            "correct or uninstall that package; BDH_BENCH_DEBUG=1 shows the traceback",
+        ) from error
+
+
+def load_file(path: Path) -> ModuleType:
+    """Import a model's file that is not installed anywhere. Raises PluginError, or SpecError where there is no such file."""
+    if not path.is_file():
+        raise SpecError(f"no file {path} · expected a model's source file", "or the name of a registered model")
+    entry = _describe("models", path.stem, str(path), path.stem, path)
+    if entry.problem:
+        raise PluginError(f"model {path.stem!r} from {path} cannot be used: {entry.problem}", "correct that file")
+    name = f"_bdh_bench_file_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and laws look a class's module up by its name
+    with blame(entry, "be imported"):
+        spec.loader.exec_module(module)
+    return module
 
 
 def check(spec: ModelSpec) -> Entry:
@@ -89,73 +140,149 @@ def check(spec: ModelSpec) -> Entry:
 
 
 @cache
-def _entries(kind: str) -> dict[str, Entry]:
-    found: dict[str, Entry] = {}
-    for path in sorted((_PACKAGE / kind).glob("[!_]*.py")):
-        if kind != "models" or _may_hold_a_model(path):
-            found[path.stem] = _describe(kind, path.stem, "built in", f"bdh_bench.{kind}.{path.stem}", path)
-    for point in sorted(entry_points(group=f"bdh_bench.{kind}"), key=lambda p: p.name):
-        origin = point.dist.name if point.dist else "unknown distribution"
-        if point.name in found:
-            other = found[point.name].origin
-            found[f"{point.name} ({origin})"] = Entry(
-                kind, point.name, origin, point.value, "", problem=f"the name is taken by {other}"
-            )
+def _entries(kind: str) -> tuple[Entry, ...]:
+    """Sorted by name; a built-in before the plug-ins that ask for its name."""
+    built_in = [
+        _describe(kind, path.stem, BUILT_IN, f"bdh_bench.{kind}.{path.stem}", path)
+        for path in (_PACKAGE / kind).glob("[!_]*.py")
+        if kind != "models" or _may_hold_a_model(path)
+    ]
+    plugins = [_describe_plugin(kind, point) for point in entry_points(group=f"bdh_bench.{kind}")]
+    return tuple(sorted([*built_in, *_settled(plugins, {e.name for e in built_in})], key=_order))
+
+
+def _order(entry: Entry) -> tuple[str, bool, str]:
+    return entry.name, entry.origin != BUILT_IN, entry.origin
+
+
+def _settled(plugins: list[Entry], taken: set[str]) -> Iterator[Entry]:
+    """Plug-ins with the quarrels about names decided: never silently."""
+    count = Counter(entry.name for entry in plugins)
+    for entry in plugins:
+        if entry.name in taken:
+            yield replace(entry, problem=f"the name {entry.name!r} is {BUILT_IN}; a plug-in needs another name")
+        elif count[entry.name] > 1:
+            origins = " and ".join(sorted(e.origin for e in plugins if e.name == entry.name))
+            yield replace(entry, problem=f"the name {entry.name!r} is brought by {origins}; it must be one's alone")
         else:
-            found[point.name] = _describe_plugin(kind, point, origin)
-    return dict(sorted(found.items()))
+            yield entry
 
 
 def _may_hold_a_model(path: Path) -> bool:
     """Whether the file binds the name ``Model``; one that cannot be parsed may, and is listed with its problem."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError):
+    except (OSError, SyntaxError, ValueError):
         return True
     return any("Model" in _bound(node) for node in tree.body)
 
 
 def _bound(node: ast.stmt) -> set[str]:
     """The names that a statement at the top of a file binds."""
-    if isinstance(node, ast.ClassDef):
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
         return {node.name}
     if isinstance(node, ast.ImportFrom | ast.Import):
         return {alias.asname or alias.name for alias in node.names}
     if isinstance(node, ast.Assign):
         return {target.id for target in node.targets if isinstance(target, ast.Name)}
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return {node.target.id}
     return set()
 
 
-def _describe_plugin(kind: str, point: EntryPoint, origin: str) -> Entry:
+def _describe_plugin(kind: str, point: EntryPoint) -> Entry:
+    origin = (point.dist and point.dist.name) or "unknown distribution"
+    broken = Entry(kind, point.name, origin, point.value, "")
+    if not is_family(point.name):
+        return replace(broken, problem="its name cannot be written on the command line; use letters, digits, _ and -")
     try:
-        module = importlib.util.find_spec(point.module)
-    except Exception as error:  # a plug-in's package may raise anything while it is looked up
-        return Entry(kind, point.name, origin, point.value, "", problem=f"{type(error).__name__}: {error}")
-    if module is None or module.origin is None:
-        return Entry(kind, point.name, origin, point.value, "", problem=f"no module {point.module!r}")
-    return _describe(kind, point.name, origin, point.module, Path(module.origin))
+        module = point.module
+        path = source_path(module)
+        packages = [source_path(above) for above in _packages(module)]
+    except Exception as error:  # a path hook or a malformed entry point may raise anything
+        return replace(broken, problem=f"{type(error).__name__}: {error}")
+    if path is None:
+        return replace(broken, problem=f"no source file of the module {module!r} is installed")
+    entry = _describe(kind, point.name, origin, module, path)
+    raising = (_cannot_import(above) for above in (*packages, path) if above is not None)
+    return replace(entry, problem=next(filter(None, (entry.problem, *raising)), ""))
+
+
+def _packages(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def _cannot_import(path: Path) -> str:
+    """Why importing this file must fail, as far as its text tells: it raises, or what it imports is not installed."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    for node in tree.body:
+        if isinstance(node, ast.Raise):
+            what = ast.unparse(node.exc) if node.exc else "an exception"
+            return f"{path.name} raises {what} when imported (line {node.lineno})"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        for name in names:
+            if not _installed(name.partition(".")[0]):
+                return f"{path.name} imports {name!r}, which is not installed (line {node.lineno})"
+    return ""
+
+
+def _installed(name: str) -> bool:
+    if name in sys.modules:
+        return True
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _describe(kind: str, name: str, origin: str, module: str, path: Path) -> Entry:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+    except (OSError, SyntaxError, ValueError) as error:  # ValueError: text that is no UTF-8, or has null bytes
         return Entry(kind, name, origin, module, "", problem=f"{type(error).__name__}: {error}")
     summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    problem = _lacks(kind, tree)
     defaults: dict[str, Any] = {}
     options: dict[str, Any] = {}
     for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "DEFAULTS" for t in node.targets):
-            defaults = ast.literal_eval(node.value)
+        if "DEFAULTS" in _bound(node):
+            value = _literal(getattr(node, "value", None))
+            if isinstance(value, dict):
+                defaults = value
+            else:
+                problem = problem or f"DEFAULTS is no literal dictionary (line {node.lineno})"
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             options = dict(_fields(node))
-    return Entry(kind, name, origin, module, summary, defaults, options)
+    if defaults.get("reads") and not {"block", "blocks"} <= set(options):
+        problem = problem or "it reads text, so its Config needs the fields block and blocks (see long_ppl)"
+    return Entry(kind, name, origin, module, summary, defaults, options, problem)
+
+
+def _lacks(kind: str, tree: ast.Module) -> str:
+    """What the file does not define, as a sentence, or ""."""
+    bound = set().union(*(_bound(node) for node in tree.body))
+    lacking = [name for name in _NEEDS[kind] if name not in bound]
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    if "Config" not in lacking and "Config" not in classes:
+        return "Config is not a class of this file; its fields are read from the source"
+    return f"it defines no {' and no '.join(lacking)}" if lacking else ""
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            try:
-                yield item.target.id, ast.literal_eval(item.value) if item.value else None
-            except ValueError:
-                yield item.target.id, None
+            yield item.target.id, _literal(item.value)
+
+
+def _literal(node: ast.expr | None) -> Any:
+    """The value that the text stands for, or None where it must be computed."""
+    try:
+        return ast.literal_eval(node) if node is not None else None
+    except (ValueError, TypeError):
+        return None

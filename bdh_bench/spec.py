@@ -64,6 +64,11 @@ class ModelSpec:
         return replace(self, options=tuple(o for o in self.options if o[0] not in WEIGHT_OPTIONS))
 
 
+def is_family(name: str) -> bool:
+    """Whether ``name`` can stand as a family on the command line."""
+    return _WORD.match(name) is not None
+
+
 def _quote(value: str) -> str:
     return f'"{value}"' if ":" in value or "," in value else value
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,18 @@ def books(tmp_path: Path) -> Path:
         text = " ".join(words[(j * (i + 3) + j // 7) % len(words)] for j in range(900))
         (folder / f"book{i:02}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process, which has torch already: cli(*arguments) → exit code, stdout, stderr."""
+    from bdh_bench.cli import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bdh-bench", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return int(str(ended.value.code)), out, err
+
+    return call

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2LMHeadModel, LlamaForCausalLM
 
 from bdh_bench import load_model
-from bdh_bench.models._kv_cache import GrowingTensor, KVCache, causal_attention
+from bdh_bench.models._causal_attention import causal_attention
+from bdh_bench.models._growing import GrowingTensor
+from bdh_bench.models._kv_cache import KVCache
 
 _NAMES = (
     "gpt2:n_embd=32:n_layer=2:n_head=2:max_positions=400",
@@ -170,7 +172,7 @@ def test_no_mask_in_prefill_and_decode_and_a_small_one_in_pieces(monkeypatch: py
         seen.append((is_causal, 0 if attn_mask is None else attn_mask.numel()))
         return fused(*args, attn_mask=attn_mask, is_causal=is_causal, **rest)
 
-    monkeypatch.setattr("bdh_bench.models._kv_cache.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("bdh_bench.models._causal_attention.scaled_dot_product_attention", spy)
     for name in _NAMES:
         model = load_model(name)
         session = model.session(3)
@@ -184,3 +186,22 @@ def test_no_mask_in_prefill_and_decode_and_a_small_one_in_pieces(monkeypatch: py
         seen.clear()
         model.logits(_tokens(300, 3))
         assert set(seen) == {(True, 0)}
+
+
+# -- gpt2 ---------------------------------------------------------------------------------------------------------------
+
+
+def test_gpt2_has_learned_positions_no_dropout_and_one_fused_activation() -> None:
+    model, tokens = load_model(_NAMES[0]), _tokens(20, 2)
+    table = model.model.transformer.wpe.weight
+    assert table.shape == (model.max_positions, 32)
+    assert table.requires_grad
+    with torch.no_grad():
+        assert torch.equal(model.train().logits(tokens), model.eval().logits(tokens))
+        x = torch.randn(50)
+        activation = model.model.transformer.h[0].mlp.act
+        assert torch.equal(activation(x), F.gelu(x, approximate="tanh"))  # one kernel, bit for bit
+        before = model.logits(tokens)
+        table[7] += torch.randn(32)
+        moved = (model.logits(tokens) - before).abs().amax((0, 2)) > 1e-6
+    assert moved.tolist() == [False] * 7 + [True] * 13

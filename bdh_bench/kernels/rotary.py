@@ -37,10 +37,10 @@ class Turn(NamedTuple):
         return Turn(self.cos.to(dtype), self.sin.to(dtype))
 
 
-def frequencies(neurons: int) -> Tensor:
-    """Turns per token of each neuron, float32 (N,): θ^(−2⌊i/2⌋/N) / 2π, as in the published code."""
+def frequencies(neurons: int, theta: float = _THETA) -> Tensor:
+    """Turns per token of each neuron, float32 (N,): θ^(−2⌊i/2⌋/N) / 2π, as in the published code (θ = 2^16)."""
     pair = torch.arange(0, neurons, 1, dtype=torch.float32).div(2).floor().mul(2)
-    return 1.0 / (_THETA ** (pair / neurons)) / (2 * math.pi)
+    return 1.0 / (theta ** (pair / neurons)) / (2 * math.pi)
 
 
 def turn(freqs: Tensor, position: int, length: int) -> Turn:

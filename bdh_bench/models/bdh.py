@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +115,7 @@ def config_from_weights(tensors: Mapping[str, Tensor], pinned: Mapping[str, Any]
     if tensors["encoder"].ndim != 3:
         raise ValueError(f"encoder has shape {tuple(tensors['encoder'].shape)}, expected (heads, width, neurons)")
     if "n_layer" not in pinned:
-        raise ValueError("the number of passes is not in the weights; add :n_layer=…")
+        raise ValueError("the number of passes is not in the weights; add :n_layer=… or a config.json beside them")
     heads, width, neurons = tensors["encoder"].shape
     if heads * neurons % width:
         raise ValueError(f"{heads} heads of {neurons} neurons are no whole multiple of the width {width}")
@@ -129,6 +129,24 @@ def config_from_weights(tensors: Mapping[str, Tensor], pinned: Mapping[str, Any]
         if pinned.get(name, value) != value:
             raise ValueError(f"{name}={pinned[name]} was asked for, the tensors have {value}")
     return Config(**{**found, **pinned})
+
+
+_PUBLISHED = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size", "dropout")
+_FORMS = ("mode", "chunk", "state_dtype", "checkpointing")  # ways to compute the same numbers
+
+
+def to_published(model: Model) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and state_dict in the published layout. Raises SpecError for a model with options that it cannot say."""
+    ours = [
+        f"{f.name}={getattr(model.config, f.name)}"
+        for f in fields(Config)
+        if f.name not in (*_PUBLISHED, *_FORMS) and getattr(model.config, f.name) != f.default
+    ]
+    if ours:
+        raise SpecError(
+            f"got a bdh with {', '.join(ours)} · the published layout has no such option", "convert without it"
+        )
+    return {name: getattr(model.config, name) for name in _PUBLISHED}, model.state_dict()
 
 
 class Rotary(nn.Module):

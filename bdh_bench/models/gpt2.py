@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bdh_bench.errors import PositionLimitError, SpecError
-from bdh_bench.models._kv_cache import KVCache, attention_name
+from bdh_bench.models._causal_attention import attention_name
+from bdh_bench.models._kv_cache import KVCache
 from bdh_bench.session import Streaming
 from bdh_bench.types import Keep
 

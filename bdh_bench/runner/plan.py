@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import shlex
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
 from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
-from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
+from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
 from bdh_bench.runner.recipes import check_training
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.training.recipe import Recipe
 from bdh_bench.types import Cell
+from bdh_bench.weights import inspect
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,8 +110,8 @@ def make_plan(spec: RunSpec) -> Plan:
     models = [parse_model(name) for name in spec.models]
     tasks = [parse_model(name) for name in spec.tasks]
     for model in models:
-        registry.check(model)
-        _check_weights(model)
+        _check_plugin(registry.check(model))
+        _check_weights(model, spec.train_context)
     for task in tasks:
         _check_task(task)
     _check_device(spec.device)
@@ -138,6 +137,7 @@ def _check_task(task: ModelSpec) -> None:
     entry = registry.find("tasks", task.family)
     if task.size or task.name:
         raise SpecError(f"got task {str(task)!r} · expected NAME[:key=value]")
+    _check_plugin(entry)
     for key, text in task.options:
         if key not in entry.options:
             raise UnknownNameError(f"option of task {task.family}", key, entry.options)
@@ -145,28 +145,19 @@ def _check_task(task: ModelSpec) -> None:
             raise SpecError(f"got {key}={text} for task {task.family} · expected a whole number of at least 1")
 
 
-def _check_weights(model: ModelSpec) -> None:
-    path = model.option("weights")
-    if path and not Path(path).expanduser().is_file():
-        raise SpecError(f"no weights at {path} · expected a .safetensors or .pt file", "check weights=PATH")
-    if path and not _readable_weights(Path(path).expanduser()):
-        raise CheckpointError(f"{path} is damaged · expected a .safetensors or .pt file", "copy or train it again")
+def _check_plugin(entry: registry.Entry) -> None:
+    """Import what another package brings once before the run: that it cannot be imported is a usage error too."""
+    if entry.origin != registry.BUILT_IN:
+        registry.load(entry.kind, entry.name)
 
 
-def _readable_weights(path: Path) -> bool:
-    """Whether the container is whole: a header that fits the file for safetensors, an archive for ``.pt``."""
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            return False
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [int(t["data_offsets"][1]) for name, t in header.items() if name != "__metadata__"]
-    return path.stat().st_size == 8 + length + max(ends, default=0)
+def _check_weights(model: ModelSpec, train_context: int) -> None:
+    """Load what ``weights=`` names once before the run: what cannot be used is a usage error, not a row of failed cells."""
+    if path := model.option("weights"):
+        inspect(path)
+        from bdh_bench.loading import load_model
+
+        load_model(model, train_context=train_context)
 
 
 def _check_device(device: str) -> None:
@@ -291,6 +282,8 @@ def _cell(
             "bdh_bench.runner.worker",
         ),
     }
+    if path := model.option("weights"):
+        inputs["weights"] = inspect(path).digest()
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
     if facts.get("trains") or facts.get("practises"):
