@@ -193,3 +193,29 @@ def test_operations_are_counted() -> None:
     assert ours.flops_per_token(10) == 2 * (in_proj + out_proj + head) + convolution + recurrence + skip_and_gate
     assert ours.flops_per_token(10_000, "chunked") == ours.flops_per_token(10)
     assert ours.kernels() == "torch SSD"
+
+
+def test_the_authors_kernels_would_be_called_with_what_they_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their published signatures, carried out by torch on the CPU; no GPU has run the real ones here."""
+    from bdh_bench.kernels.ssd import ssd
+
+    calls: list[str] = []
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+        calls.append(activation)
+        padded = F.pad(x, (weight.shape[1] - 1, 0))
+        return F.silu(F.conv1d(padded, weight.unsqueeze(1), bias, groups=x.shape[1]))
+
+    def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **options: Any) -> Any:
+        assert options.pop("return_final_states")
+        return ssd(x, dt, A, B, C, options.pop("D"), options.pop("initial_states"), chunk=chunk_size, **options)
+
+    ours, tokens = model(), some_tokens(2, 40)
+    wanted = ours.logits(tokens)
+    monkeypatch.setattr(mamba2, "_cuda_kernels", lambda device: (conv, scan))
+    torch.testing.assert_close(ours.logits(tokens), wanted, rtol=1e-5, atol=1e-5)
+    session = ours.session(2)
+    rows = torch.cat([session.extend(part, keep="all") for part in tokens.split((17, 1, 22), 1)], 1)
+    torch.testing.assert_close(rows, wanted, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 4 * TINY.n_layer
+    assert ours.kernels() == "mamba-ssm"
