@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, Protocol, TypeVar, cast
@@ -213,6 +214,14 @@ class StateSpaceModel(Streaming, nn.Module):
             x = x + out
         return self._head(x if keep == "all" else x[:, -1:])
 
+    def missing(self) -> str:
+        """What the faster kernels would need, or "" where they can run."""
+        packages = [name for name in ("mamba_ssm", "causal_conv1d") if not importlib.util.find_spec(name)]
+        needs = [name.replace("_", "-") for name in packages]
+        needs += [] if torch.cuda.is_available() else ["a CUDA device"]
+        remedy = ": pip install 'bdh-bench[cuda]'" if packages else ""
+        return " and ".join(filter(None, (", ".join(needs[:-1]), *needs[-1:]))) + remedy if needs else ""
+
 
 class Backbone(nn.Module):
     """Everything but the output layer."""
@@ -258,8 +267,7 @@ class Block(nn.Module):
 
 def step_bias(count: int) -> Tensor:
     """What softplus turns into steps Δ of 0.001 to 0.1, drawn log-uniformly."""
-    low, high = torch.tensor(1e-3).log().item(), torch.tensor(1e-1).log().item()
-    step = torch.empty(count).uniform_(low, high).exp()
+    step = torch.empty(count).uniform_(math.log(1e-3), math.log(1e-1)).exp()
     return step + torch.log(-torch.expm1(-step))
 
 

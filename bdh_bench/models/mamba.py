@@ -134,14 +134,6 @@ class Model(frame.StateSpaceModel):
         """Which kernel does the scan on this model's device."""
         return "mamba-ssm" if _cuda_kernels(self.backbone.embeddings.weight.device.type) else "torch selective scan"
 
-    def missing(self) -> str:
-        """What the faster kernels would need, or "" where they can run."""
-        packages = [name for name in ("mamba_ssm", "causal_conv1d") if not importlib.util.find_spec(name)]
-        needs = [name.replace("_", "-") for name in packages]
-        needs += [] if torch.cuda.is_available() else ["a CUDA device"]
-        remedy = ": pip install 'bdh-bench[cuda]'" if packages else ""
-        return " and ".join(filter(None, (", ".join(needs[:-1]), *needs[-1:]))) + remedy if needs else ""
-
 
 class Mixer(frame.Mixer):
     """Convolution, selective scan and gate between two projections (the paper's figure 3)."""
