@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -45,6 +45,9 @@ bench-engine: $(VENV)/.user
 
 bench-cache: $(VENV)/.user
 	$(BIN)/python benchmarks/cache_decode.py
+
+bench-training: $(VENV)/.user
+	$(BIN)/python benchmarks/training_step.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
