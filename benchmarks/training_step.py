@@ -28,7 +28,7 @@ from bdh_bench.data.corpus import Document
 from bdh_bench.measure.allocator import keep_freed_memory
 from bdh_bench.measure.host import native_bfloat16
 from bdh_bench.models import mamba
-from bdh_bench.training.loop import Crops, _Run
+from bdh_bench.training.loop import Training, begun
 from bdh_bench.training.recipe import Recipe
 
 _YARDSTICK = "llama"
@@ -62,18 +62,16 @@ def families() -> list[str]:
     return sorted(sized, key=lambda name: name != _YARDSTICK)
 
 
-def trainer(model: Any, precision: str, batch_bytes: int) -> _Run:
+def trainer(model: Any, precision: str, batch_bytes: int) -> Training:
     """The training loop before its first step."""
     recipe = Recipe(1 << 20, _CONTEXT, 1e-3, seed=1, batch_bytes=batch_bytes, precision=precision)
     document = Document("this file", Path(__file__))  # what is read does not matter
-    run = _Run(model.train(), recipe, Crops(model, recipe, (document,)), checkpoint=None)  # type: ignore[arg-type]
-    run.reader.begin(0)
-    return run
+    return begun(model, recipe, (document,))
 
 
-def step_s(run: _Run) -> float:
+def step_s(run: Training) -> float:
     """Seconds per trained byte of one step."""
-    return seconds(run._one) / (run.reader.rows * run.reader.length)
+    return seconds(run.one) / (run.reader.rows * run.reader.length)
 
 
 def against_llama(names: list[str], size: str, precision: str, rounds: int, batch_bytes: int) -> Iterator[Figure]:

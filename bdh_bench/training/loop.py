@@ -78,7 +78,7 @@ def fit(
         return {**report, "reused": True}
     checkpoint.prepare()
     keep_freed_memory()
-    run = _Run(model, recipe, reader(), checkpoint)
+    run = Training(model, recipe, reader(), checkpoint)
     run.resume()
     try:
         run.finish(progress)
@@ -89,21 +89,19 @@ def fit(
     return {**checkpoint.finish(model.state_dict(), run.report(grade())), "reused": False}
 
 
-def step_of(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> tuple[Callable[[], Tensor], int]:
-    """A function that does one optimiser step after another, as ``train`` does them, and the bytes that each reads."""
+def begun(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Training:
+    """A training before its first step that keeps nothing on disk: for those who time its steps (``one``)."""
     keep_freed_memory()
-    reader = _reader(model, recipe, documents)
-    run = _Run(model, recipe, reader, None)
-    reader.begin(0)
-    model.train()
-    return run.one, reader.rows * reader.length
+    training = Training(model.train(), recipe, _reader(model, recipe, documents), None)
+    training.reader.begin(0)
+    return training
 
 
 def _reader(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Reader:
     return Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
 
 
-class _Run:
+class Training:
     """One training from its first to its last step; ``step`` counts finished steps."""
 
     def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint | None) -> None:

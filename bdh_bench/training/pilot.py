@@ -17,7 +17,7 @@ from typing import Any
 from bdh_bench.data.corpus import Document
 from bdh_bench.measure.clock import now_s
 from bdh_bench.training.checkpoints import Checkpoint
-from bdh_bench.training.loop import step_of
+from bdh_bench.training.loop import begun
 from bdh_bench.training.recipe import Recipe
 
 _UNTIMED, _TIMED = 3, 8
@@ -30,14 +30,14 @@ def bytes_in(
     kept = checkpoint.folder / "pilot.json"
     if kept.is_file():
         return int(json.loads(kept.read_text(encoding="utf-8"))["bytes"])
-    one, bytes_per_step = step_of(copy.deepcopy(model), replace(recipe, bytes=2**40), documents)
+    training = begun(copy.deepcopy(model), replace(recipe, bytes=2**40), documents)
     taken: list[float] = []
     for _ in range(_UNTIMED + _TIMED):
         started = now_s()
-        float(one())
+        float(training.one())
         taken.append(now_s() - started)
     per_step = statistics.median(taken[_UNTIMED:])
-    found = max(1, round(seconds / per_step)) * bytes_per_step
+    found = max(1, round(seconds / per_step)) * training.reader.read(1)
     checkpoint.prepare()
     partial = kept.with_name(f"pilot.json.{os.getpid()}")
     partial.write_text(json.dumps({"bytes": found, "step_s": taken, "seconds": seconds}), encoding="utf-8")
