@@ -1,0 +1,182 @@
+"""Tiny random checkpoints of many architectures, for tests and for ``docs/hf-models.md``: configurations as data, one builder.
+
+Widths are as small as each architecture allows; every kind of layer that a family mixes occurs at least once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PLAIN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_GROUPED = {**_PLAIN, "num_key_value_heads": 2}
+_MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+_DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+
+#: name → (model_type, settings)
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 200}),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 16,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "gpt_neox": ("gpt_neox", _PLAIN),
+    "opt": ("opt", {**_PLAIN, "ffn_dim": 48, "max_position_embeddings": 256, "word_embed_proj_dim": 32}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
+    "llama": ("llama", _GROUPED),
+    "mistral": ("mistral", {**_GROUPED, "sliding_window": 32}),
+    "gemma3": (
+        "gemma3_text",
+        {**_GROUPED, "head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}),
+    "falcon_mamba": ("falcon_mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}),
+    "mamba2": (
+        "mamba2",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "num_heads": 4,
+            "head_dim": 16,
+            "n_groups": 1,
+            "chunk_size": 16,
+        },
+    ),
+    "jamba": (
+        "jamba",
+        {
+            **_GROUPED,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+        },
+    ),
+    "bamba": ("bamba", {**_GROUPED, **_MAMBA2, "attn_layer_indices": [1]}),
+    "zamba": (
+        "zamba",
+        {
+            **_GROUPED,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "mamba_d_state": 8,
+            "n_mamba_heads": 2,
+            "mamba_dt_rank": 4,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+        },
+    ),
+    "zamba2": (
+        "zamba2",
+        {
+            **_GROUPED,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "mamba_d_state": 8,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 16,
+            "mamba_ngroups": 1,
+            "chunk_size": 16,
+            "num_mem_blocks": 1,
+            "attention_hidden_size": 64,
+            "attention_head_dim": 16,
+            "adapter_rank": 4,
+        },
+    ),
+    "falcon_h1": ("falcon_h1", {**_GROUPED, **_MAMBA2, "mamba_d_ssm": 64}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **_GROUPED,
+            **_MAMBA2,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "shared_intermediate_size": 16,
+        },
+    ),
+    "lfm2": ("lfm2", {**_GROUPED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            **_GROUPED,
+            **_DELTA,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "olmo_hybrid": (
+        "olmo_hybrid",
+        {**_GROUPED, **_DELTA, "num_key_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "minimax": (
+        "minimax",
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "block_size": 16,
+        },
+    ),
+    "xlstm": ("xlstm", {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 16}),
+    "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            **_PLAIN,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "lru_width": 32,
+            "attention_window_size": 32,
+            "block_types": ["recurrent", "recurrent", "attention"],
+        },
+    ),
+}
+
+
+def build(name: str, vocab_size: int = 256, seed: int = 0, **settings: Any) -> Any:
+    """A tiny model of this family with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, own = ZOO[name]
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(kind, **{**own, "vocab_size": vocab_size, **ids, **settings})
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def write(name: str, folder: Path, vocab_size: int = 256, seed: int = 0, **settings: Any) -> Path:
+    """The folder of such a checkpoint, as ``save_pretrained`` writes it."""
+    model = build(name, vocab_size, seed, **settings)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+    return folder
