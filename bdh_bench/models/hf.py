@@ -239,6 +239,7 @@ class Model(Streaming, nn.Module):
         return {
             "path": found.path,
             "path_errors": dict(found.errors),
+            "past_moves_logits": found.moved,
             "trained_positions": self.trained_positions,
             "start_symbol": self.start_symbol,
             "checkpoint": files.checkpoint_digest(self.config.name, self.model),
