@@ -182,3 +182,65 @@ def write(name: str, folder: Path, vocab_size: int = 256, seed: int = 0, **setti
     with contextlib.redirect_stderr(io.StringIO()):
         model.save_pretrained(folder)
     return folder
+
+
+_WORDS = ["the old house stood on a hill and nobody had lived there since winter came early that year"] * 4
+
+
+def byte_level(vocab_size: int = 300, prefix_space: bool = False, normalizer: Any = None) -> Any:
+    """A trained byte-level BPE, as GPT-2 has."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=True)
+    if normalizer is not None:
+        made.normalizer = normalizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    made.train_from_iterator(
+        _WORDS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    return made
+
+
+def sentencepiece_like(kind: str = "bpe", fallback: bool = True) -> Any:
+    """A BPE or Unigram with "▁" for spaces, a space before the text, and byte fallback, as Llama 2 has."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "</s>"]
+    octets = [f"<0x{i:02X}>" for i in range(256)] if fallback else []
+    if kind == "unigram":
+        words = ["▁the", "▁old", "▁house", "▁a", "▁", "e", "t", "h", "o", "▁▁"]
+        pieces = [(w, -5.0 - i) for i, w in enumerate(special + octets + words)]
+        made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=fallback))
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+        made.add_special_tokens(special)
+    else:
+        made = Tokenizer(models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.train_from_iterator(
+            _WORDS, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=["▁"], show_progress=False)
+        )
+        vocabulary = made.get_vocab()
+        merges = [tuple(m) for m in __import__("json").loads(made.to_str())["model"]["merges"]]
+        for octet in octets:
+            vocabulary[octet] = len(vocabulary)
+        made = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=fallback, unk_token="<unk>", fuse_unk=True))
+        made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        made.add_special_tokens(special)
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+def write_with_tokenizer(name: str, folder: Path, tokenizer: Any, bos: str | None = None, **settings: Any) -> Path:
+    """A checkpoint whose vocabulary is that of ``tokenizer``, which lies beside it."""
+    from transformers import PreTrainedTokenizerFast
+
+    write(name, folder, tokenizer.get_vocab_size(), **settings)
+    names = {"bos_token": bos} if bos else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    return folder

@@ -21,7 +21,7 @@ Legend: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -39,6 +39,7 @@ _ROUNDINGS = 64
 _LEAST = 2e-6  # where rounding happens to cancel
 _LENGTH = 150
 _PIECES = (64, 1, 7, 1, 16, 60, 1)  # prefill, single tokens after long pieces, long pieces on a filled state
+_ALONE = (1, 1, 1, 13)  # a single stream, from its first token on
 _EXACT = (torch.float32, torch.float64)
 
 
@@ -111,7 +112,8 @@ def verify(reader: Reader, vocab_size: int, limit: int | None, wanted: str) -> V
     for path in CACHED if wanted == "auto" else (wanted,):
         try:
             got, census = _read(reader, tokens, path)
-            errors[path] = _distance(got, truth) if exact else _divergence(got, truth)
+            both = torch.cat((truth, truth[:1]))
+            errors[path] = _distance(got, both) if exact else _divergence(got, both)
             if not errors[path] <= bound:
                 continue
             return Verification(path, bound, moved, errors, reasons, _fit(census))
@@ -137,25 +139,28 @@ def _first_line(error: Exception) -> str:
 
 
 def _read(reader: Reader, tokens: Tensor, path: str) -> tuple[Tensor, dict[int, dict[str, Any]]]:
-    """All logits of a text read in pieces, and the sizes of the state on the way."""
-    device = tokens.device
+    """Logits (B + 1, T, V) of a batch read in pieces, its first row again alone, and the sizes of the state on the way."""
     census: dict[int, dict[str, Any]] = {}
-    single = memory_for(path, reader, 1, device)
-    for length in range(1, min(4, tokens.shape[1] + 1)):  # short streams, and another batch size
-        single.read(length - 1, tokens[:1, length - 1 : length], "last")
-        census[length] = _sizes(single, 1)
-    memory, kept = memory_for(path, reader, tokens.shape[0], device), []
-    for start, stop in _cuts(tokens.shape[1]):
+    kept = [_read_pieces(reader, tokens[:1], path, _ALONE, census), _read_pieces(reader, tokens, path, _PIECES, census)]
+    return torch.cat(kept[::-1]), census
+
+
+def _read_pieces(
+    reader: Reader, tokens: Tensor, path: str, pieces: Sequence[int], census: dict[int, dict[str, Any]]
+) -> Tensor:
+    memory, kept = memory_for(path, reader, tokens.shape[0], tokens.device), []
+    for start, stop in _cuts(tokens.shape[1], pieces):
         kept.append(memory.read(start, tokens[:, start:stop], "all"))
         if kept[-1].shape[1] != stop - start:
-            raise UnknownStateError(f"{stop - start} tokens of {tokens.shape[0]} streams give {kept[-1].shape[1]} predictions each")
+            streams, got = tokens.shape[0], kept[-1].shape[1]
+            raise UnknownStateError(f"a piece of {stop - start} in {streams} streams gives {got} predictions each")
         census[stop] = _sizes(memory, tokens.shape[0])
-    return torch.cat(kept, 1), census
+    return torch.cat(kept, 1)
 
 
-def _cuts(length: int) -> Iterator[tuple[int, int]]:
+def _cuts(length: int, pieces: Sequence[int]) -> Iterator[tuple[int, int]]:
     ends = [0]
-    for piece in _PIECES:
+    for piece in (*pieces, length):
         ends.append(min(ends[-1] + piece, length))
     return ((a, b) for a, b in pairwise(ends) if b > a)
 

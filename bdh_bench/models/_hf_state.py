@@ -84,6 +84,8 @@ class Reader:
         self.places = "position_ids" in known
         self._keeps = "logits_to_keep" in known
         self._makes_own = self.argument != "past_key_values"  # the model makes its cache, and no shared one fits
+        # Before anything was read: what a module holds in an attribute then is an empty stream.
+        self._fresh = {(id(m), name): value for m in module.modules() for name, value in vars(m).items()}
         self.held: list[tuple[nn.Module, str, Any]] = []
         self.counters: frozenset[_Path] = frozenset()
         self.fixed: frozenset[_Path] = frozenset()
@@ -134,8 +136,7 @@ class Reader:
         except ValueError:  # "a cache of its own"
             self._makes_own = True
         self.held = []  # while it is unknown, it stays where the model puts it
-        before = {(id(m), name): value for m in self.module.modules() for name, value in vars(m).items()}
-        self.held = [*self._find_held(before, device)]
+        self.held = [*self._find_held(device)]
         seen = {(batch, n): dict(leaves(self._after(batch, n, device))) for batch, n in ((1, 3), (1, 4), (3, 4))}
         short, long, wide = seen[1, 3], seen[1, 4], seen[3, 4]
         if not short.keys() == long.keys() == wide.keys():
@@ -152,7 +153,7 @@ class Reader:
             fixed.add(path)
         self.fixed = frozenset(fixed)
 
-    def _find_held(self, before: dict[Any, Any], device: torch.device) -> Iterator[tuple[nn.Module, str, Any]]:
+    def _find_held(self, device: torch.device) -> Iterator[tuple[nn.Module, str, Any]]:
         """Attributes of modules that a cached forward replaces by tensors with the batch in front."""
         found: dict[int, set[tuple[int, str]]] = {}
         for batch in (2, 3):
@@ -160,13 +161,13 @@ class Reader:
             for module in self.module.modules():
                 for name, value in vars(module).items():
                     per_stream = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
-                    if per_stream and value is not before.get((id(module), name)):
+                    if per_stream and value is not self._fresh.get((id(module), name)):
                         found.setdefault(batch, set()).add((id(module), name))
         both = found.get(2, set()) & found.get(3, set())
         for module in self.module.modules():
             for name in vars(module):
                 if (id(module), name) in both:
-                    empty = before.get((id(module), name))
+                    empty = self._fresh.get((id(module), name))
                     setattr(module, name, empty)
                     yield module, name, empty
 

@@ -56,6 +56,9 @@ class ByteSpans:
             )
         self._encoder = _plain(description)
         self._bare = _plain({**description, "normalizer": None}) if self._byte_level else None
+        names = [t["content"] for t in description.get("added_tokens", ()) if t["special"] and len(t["content"]) > 1]
+        # Splits a text inside of each name, after its first character.
+        self._names = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in names) or r"(?!)")
         self._bytes = self._table(description, fallback)
         self._single = {data[0]: index for index, data in reversed([*enumerate(self._bytes)]) if len(data) == 1}
         if not self._byte_level:  # <0xNN> itself, not the character that has the same byte
@@ -92,7 +95,7 @@ class ByteSpans:
     def _probe(self) -> None:
         for text in _PROBES:
             try:
-                self.encode(text.encode())
+                self._stretch(text, (self._encoder,))
             except CorpusError as error:
                 raise CheckpointError(
                     f"{self._origin}: the tokenizer changes plain text: {error.message}",
@@ -109,17 +112,17 @@ class ByteSpans:
                 ids.append(self._byte(ord(part) - 0xDC00, at))
                 ends.append(at + 1)
             elif part:
-                found, lengths = self._stretch(part)
+                found, lengths = self._stretch(part, (self._encoder, self._bare))
                 ids += found
                 ends += (at + np.cumsum(lengths)).tolist()
         if (ends[-1] if ends else 0) != len(content):
             raise CorpusError(f"{self._origin}: spans cover {ends[-1] if ends else 0} of {len(content)} bytes")
         return Encoding(np.array(ids, dtype=np.int64), np.array(ends, dtype=np.int64))
 
-    def _stretch(self, text: str) -> tuple[list[int], list[int]]:
-        """Ids and byte lengths of the tokens of valid text."""
-        raw = text.encode()
-        for encoder in (self._encoder, self._bare):
+    def _stretch(self, text: str, encoders: Sequence[Any]) -> tuple[list[int], list[int]]:
+        """Ids and byte lengths of the tokens of valid text, from the first encoder that keeps it."""
+        raw, joined = text.encode(), b""
+        for encoder in encoders:
             if encoder is None:
                 continue
             ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
@@ -132,6 +135,10 @@ class ByteSpans:
                 first = next(i for i, length in enumerate(lengths) if length)
                 lengths[first] -= 1
                 return ids, lengths
+        parts = [part for part in self._names.split(text) if part]
+        if len(parts) > 1:  # a name of a special token that the vocabulary itself would read as one
+            both = [self._stretch(part, encoders) for part in parts]
+            return [i for found, _ in both for i in found], [n for _, lengths in both for n in lengths]
         raise CorpusError(f"{self._origin}: {_difference(joined, raw)}", "use text that the vocabulary can spell")
 
     def _byte(self, value: int, place: int) -> int:
