@@ -38,6 +38,7 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("gpt_neox", _PLAIN),
+    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8, "n_positions": 256}),
     "opt": ("opt", {**_PLAIN, "ffn_dim": 48, "max_position_embeddings": 256, "word_embed_proj_dim": 32}),
     "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}),
     "llama": ("llama", _GROUPED),
@@ -46,6 +47,35 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma3_text",
         {**_GROUPED, "head_dim": 8, "sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "llama4": (
+        "llama4_text",
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 32,
+            "intermediate_size_mlp": 48,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **_GROUPED,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "xlnet": ("xlnet", {"d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 48}),
     "mamba": ("mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}),
     "falcon_mamba": ("falcon_mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 4}),
     "mamba2": (
@@ -114,6 +144,19 @@ ZOO: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
             "shared_intermediate_size": 16,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "layers_block_type": ["mamba", "attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
         },
     ),
     "lfm2": ("lfm2", {**_GROUPED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16}),
@@ -200,7 +243,10 @@ def byte_level(vocab_size: int = 300, prefix_space: bool = False, normalizer: An
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<|endoftext|>"]
     made.train_from_iterator(
-        _WORDS, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        _WORDS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return made
 
@@ -221,7 +267,8 @@ def sentencepiece_like(kind: str = "bpe", fallback: bool = True) -> Any:
         made = Tokenizer(models.BPE(byte_fallback=fallback, unk_token="<unk>", fuse_unk=True))
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         made.train_from_iterator(
-            _WORDS, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=["▁"], show_progress=False)
+            _WORDS,
+            trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=["▁"], show_progress=False),
         )
         vocabulary = made.get_vocab()
         merges = [tuple(m) for m in __import__("json").loads(made.to_str())["model"]["merges"]]

@@ -34,7 +34,19 @@ _TEXTS = st.lists(
         st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=8).map(str.encode),
         st.binary(max_size=4),
         st.sampled_from(
-            [b" ", b"  ", b"\r\n", b"\t", b"the old house", " 👩\u200d👩\u200d👧 ".encode(), "e\u0301 Å".encode(), b"\xff", b"\xc3", b"<s>", b"<|endoftext|>"]
+            [
+                b" ",
+                b"  ",
+                b"\r\n",
+                b"\t",
+                b"the old house",
+                " 👩\u200d👩\u200d👧 ".encode(),
+                "e\u0301 Å".encode(),
+                b"\xff",
+                b"\xc3",
+                b"<s>",
+                b"<|endoftext|>",
+            ]
         ),
     ),
     max_size=6,

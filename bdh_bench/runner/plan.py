@@ -66,7 +66,8 @@ def cell_json(cell: Cell) -> dict[str, Any]:
     """A planned cell as it stands in run.json."""
     model, task = parse_model(cell.model), parse_model(cell.task)
     entry = registry.find("models", model.family)
-    sized = "" if model.family in ("toy", "hf") or entry.defaults.get("words") else (model.size or "quick")
+    named = entry.defaults.get("words") or entry.defaults.get("needs_name")
+    sized = "" if named else (model.size or "quick")
     return {
         "key": cell.key,
         "model": cell.model,
