@@ -399,6 +399,21 @@ def test_a_run_from_the_command_line(tmp_path: Path, books: Path, monkeypatch: p
     assert found["stream_bits_per_byte", 0] > 0
 
 
+def test_a_request_that_cannot_be_carried_out_is_a_usage_error(tmp_path: Path) -> None:
+    for name, says in (("hf:./nothing", "no config.json in ./nothing"), ("hf", "hf without a checkpoint")):
+        done = CliRunner().invoke(app, ["run", "--models", name, "--task", "memory", "--runs", str(tmp_path)])
+        assert isinstance(done.exception, SpecError)
+        assert done.exception.exit_code == 2
+        assert says in str(done.exception)
+
+
+def test_listing_and_details_name_no_checkpoint() -> None:
+    for flags in ([], ["--details"]):
+        done = CliRunner().invoke(app, ["list", "models", *flags, "--json"])
+        assert done.exit_code == 0, done.output
+        assert '"hf"' in done.output
+
+
 def test_a_zeroed_head_pays_the_same_for_every_token(tmp_path: Path, books: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -111,7 +111,9 @@ def make_plan(spec: RunSpec) -> Plan:
     models = [parse_model(name) for name in spec.models]
     tasks = [parse_model(name) for name in spec.tasks]
     for model in models:
-        _check_plugin(registry.check(model))
+        entry = registry.check(model)
+        _check_plugin(entry)
+        _check_name(model, entry)
         _check_weights(model, spec.train_context)
     for task in tasks:
         _check_task(task)
@@ -150,6 +152,21 @@ def _check_plugin(entry: registry.Entry) -> None:
     """Import what another package brings once before the run: that it cannot be imported is a usage error too."""
     if entry.origin != registry.BUILT_IN:
         registry.load(entry.kind, entry.name)
+
+
+def _check_name(model: ModelSpec, entry: registry.Entry) -> None:
+    """A published model needs its name, and a name that looks like a folder must be one."""
+    if not entry.defaults.get("needs_name"):
+        return
+    if not model.name:
+        raise SpecError(
+            f"got {model.family} without a checkpoint · expected {model.family}:ID[@REVISION] or {model.family}:./folder"
+        )
+    folder = Path(model.name).expanduser()
+    if model.name.startswith((".", "/", "~")) and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no config.json in {model.name} · expected a folder that save_pretrained wrote", "check the path"
+        )
 
 
 def _check_weights(model: ModelSpec, train_context: int) -> None:
