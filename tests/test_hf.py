@@ -176,7 +176,9 @@ def test_state_bytes_are_those_of_the_architecture() -> None:
 
 
 def test_another_dtype_is_measured_anew() -> None:
-    model = load_model(f"hf:{_folder('llama')}:tokenizer=bytes", dtype="bfloat16")
+    model = load_model(f"hf:{_folder('llama')}:tokenizer=bytes")
+    assert model.verification.limit != paths.DIVERGENCE
+    model.to(torch.bfloat16)
     assert model.verification.path == "cached"
     assert model.verification.limit == paths.DIVERGENCE
     assert model.state_bytes(1, 10) * 2 == _model("llama").state_bytes(1, 10)
@@ -194,7 +196,7 @@ def test_sessions_of_a_module_that_holds_its_state_do_not_meet() -> None:
         two.extend(tokens[:, :9].flip(1).expand(2, -1))
         model.logits(tokens[:, :3])
         assert (one.extend(tokens[:, 6:], keep="all") - truth[:, 6:]).abs().max() < laws.ROUNDING
-    assert all(getattr(module, name) is empty for module, name, empty in model.reader.held)
+    assert all(getattr(module, name) is empty is None for module, name, empty in model.reader.held)
     assert len(model.reader.held) == 4  # two recurrent layers, each with a convolution and a recurrence
 
 
