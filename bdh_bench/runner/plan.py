@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
 from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
-from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
+from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
 from bdh_bench.runner.recipes import check_training
 from bdh_bench.sources import source_digest
