@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training docs-hf clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -48,6 +48,9 @@ bench-cache: $(VENV)/.user
 
 bench-training: $(VENV)/.user
 	$(BIN)/python benchmarks/training_step.py
+
+docs-hf: $(VENV)/.dev
+	$(BIN)/python docs/generate_hf_models.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
 from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
-from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
+from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
 from bdh_bench.runner.recipes import check_training
 from bdh_bench.sources import source_digest
@@ -66,7 +66,8 @@ def cell_json(cell: Cell) -> dict[str, Any]:
     """A planned cell as it stands in run.json."""
     model, task = parse_model(cell.model), parse_model(cell.task)
     entry = registry.find("models", model.family)
-    sized = "" if model.family in ("toy", "hf") or entry.defaults.get("words") else (model.size or "quick")
+    named = entry.defaults.get("words") or entry.defaults.get("needs_name")
+    sized = "" if named else (model.size or "quick")
     return {
         "key": cell.key,
         "model": cell.model,
@@ -110,7 +111,9 @@ def make_plan(spec: RunSpec) -> Plan:
     models = [parse_model(name) for name in spec.models]
     tasks = [parse_model(name) for name in spec.tasks]
     for model in models:
-        _check_plugin(registry.check(model))
+        entry = registry.check(model)
+        _check_plugin(entry)
+        _check_name(model, entry)
         _check_weights(model, spec.train_context)
     for task in tasks:
         _check_task(task)
@@ -149,6 +152,21 @@ def _check_plugin(entry: registry.Entry) -> None:
     """Import what another package brings once before the run: that it cannot be imported is a usage error too."""
     if entry.origin != registry.BUILT_IN:
         registry.load(entry.kind, entry.name)
+
+
+def _check_name(model: ModelSpec, entry: registry.Entry) -> None:
+    """A published model needs its name, and a name that looks like a folder must be one."""
+    if not entry.defaults.get("needs_name"):
+        return
+    if not model.name:
+        raise SpecError(
+            f"got {model.family} without a checkpoint · expected {model.family}:ID[@REVISION] or {model.family}:./folder"
+        )
+    folder = Path(model.name).expanduser()
+    if model.name.startswith((".", "/", "~")) and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no config.json in {model.name} · expected a folder that save_pretrained wrote", "check the path"
+        )
 
 
 def _check_weights(model: ModelSpec, train_context: int) -> None:

@@ -196,11 +196,12 @@ def _model_facts(model: Any, spec: ModelSpec) -> dict[str, Any]:
     return {
         "parameters": model.parameter_count(),
         "config": asdict(config) if config is not None and hasattr(config, "__dataclass_fields__") else {},
-        "weights": "loaded" if known else "random",
+        "weights": "loaded" if known else model.origin if hasattr(model, "origin") else "random",
         "kernels": model.kernels() if hasattr(model, "kernels") else "",
         "mode": str(getattr(config, "mode", "")),
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else "",
         "max_positions": model.max_positions,
+        **(model.facts() if hasattr(model, "facts") else {}),
     }
 
 
