@@ -77,7 +77,7 @@ def test_nothing_weighed_is_an_error() -> None:
 
 def test_seeds_use_students_t() -> None:
     estimate = t_interval([1.0, 2.0, 3.0])
-    half = 4.3027 / 3**0.5
+    half = 4.302652730 / 3**0.5
     assert (estimate.low, estimate.high) == (pytest.approx(2 - half), pytest.approx(2 + half))
     assert t_interval([1.0, 2.0]).low is None
     assert statistics.t_quantile(40) == pytest.approx(2.0211, abs=1e-3)
