@@ -69,7 +69,7 @@ def facts(family: str, seed: int) -> dict[str, Any]:
         "final_bits_per_byte": 2.5, "validation_bits_per_byte": 2.6, "curve": curve,
     }  # fmt: skip
     plain = {
-        "parameters": {"bdh": 1_000_000, "gpt2": 1_020_000, "mamba": 980_000}.get(family, 0),
+        "parameters": {"bdh": 1_000_000, "gpt2": 1_020_000, "mamba": 980_000, "toy": 0}.get(family, 1_000_000),
         "non_embedding_parameters": 900_000,
         "unrolled_parameters": 1_500_000,
         "state_bytes": {str(k * T): 4 * 2**18 if k * T <= STOPPED.get(family, 10**9) else None for k in (1, 4, 16)},

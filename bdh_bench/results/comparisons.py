@@ -256,15 +256,14 @@ def _line(c: Comparison) -> tuple[Any, ...]:
 def comparison_table(facts: Facts, comparisons: Sequence[Comparison]) -> Table:
     """Verdicts with everything they rest on."""
     columns = (
-        "comparison", "claim", "metric", "context", "difference", "90 %", "MDE", "p (floor)", "Holm p", "documents", "seeds",
-        "verdict",
+        "comparison", "claim", "context", "difference", "95 %", "90 %", "MDE", "p (floor)", "Holm p", "documents", "verdict",
     )  # fmt: skip
     rows = tuple(_table_row(facts, c) for c in headline(comparisons))
     primary = " and ".join(f"{count(c)}" for c in facts.primary_contexts) or "T and 4T (T is not known)"
     kinds = sorted({c.claim for c in comparisons}) or ["checkpoint"]
     unranked = sum(c.decision.unranked for c in comparisons)
     note = (
-        f"Claims about {' and '.join(_PLURAL[k] for k in kinds)}. Difference: first minus second, 95 % interval behind it; "
+        f"Claims about {' and '.join(_PLURAL[k] for k in kinds)}. Difference: first minus second, bits per byte unless named; "
         f"equivalence margin ±{facts.margin:g} bits per byte, 90 % interval; * primary: bits per byte at {primary} bytes of "
         f"context. MDE is 2.8 standard errors. {RESAMPLES:,} resamples, seed {SEED}. "
         + (f"Unranked: {unranked} of {len(comparisons)} comparisons, for the reasons given." if unranked else "")
@@ -282,29 +281,25 @@ _PLURAL: Mapping[ClaimKind, str] = {"checkpoint": "these checkpoints", "architec
 def _table_row(facts: Facts, c: Comparison) -> tuple[Entry, ...]:
     difference, known = c.difference, METRICS[c.point.metric]
     inner = difference.inner if difference else None
-    clusters = "" if c.evidence.documents == c.documents else f"{count(c.evidence.documents)} independent"
+    clusters = "" if c.evidence.documents == c.documents else f" in {count(c.evidence.documents)} clusters"
     flips = f"{number(c.p_documents.value)} ({number(c.p_documents.floor)})" if c.p_documents else GAP
-    seeds = f"seeds {number(c.p_seeds.value)} ({number(c.p_seeds.floor)})" if c.p_seeds else ""
+    seeds = f"; seeds {number(c.p_seeds.value)} ({number(c.p_seeds.floor)})" if c.p_seeds else ""
     why = "; ".join(reason.text for reason in c.decision.reasons)
     verdict = f"unranked ({c.decision.verdict})" if c.decision.unranked else c.decision.verdict
+    what = "" if c.point.metric == QUALITY else f", {known.label}"
     return (
-        Entry(f"{facts.label(c.first)} − {facts.label(c.second)}{' *' if c.primary else ''}"),
-        Entry(c.claim),
-        Entry(known.label, c.point.metric_id),
+        Entry(f"{facts.label(c.first)} − {facts.label(c.second)}{what}{' *' if c.primary else ''}", c.point.metric_id),
+        Entry(c.claim if c.claim == "checkpoint" else f"architecture, {len(c.pairs)} seeds"),
         Entry(count(c.context) if c.context else "any"),
-        Entry(signed(difference.value) if difference else GAP, _span(difference)),
+        Entry(signed(difference.value) if difference else GAP),
+        Entry(signed_interval(difference.low, difference.high) if difference else GAP),
         Entry(signed_interval(*inner) if inner else GAP),
         Entry(number(c.mde, known.unit) if c.mde is not None else GAP),
-        Entry(flips, seeds),
+        Entry(flips + seeds),
         Entry(number(c.holm)),
-        Entry(count(c.documents), clusters),
-        Entry(count(len(c.pairs))),
+        Entry(count(c.documents) + clusters),
         Entry(verdict, why),
     )
-
-
-def _span(difference: Estimate | None) -> str:
-    return signed_interval(difference.low, difference.high) if difference else ""
 
 
 def comparison_as_json(c: Comparison, facts: Facts, card: Card) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Card:
             return f"{label} is the declared axis and is not known for {missing}"
         low, high = sorted((one, two))
         if high > (1 + TOLERANCE) * low:
-            apart = f"{quantity(one, _UNITS[name])} and {quantity(two, _UNITS[name])}"
+            apart = " and ".join(_written(value, _UNITS.get(name, "")) for value in (one, two))
             return f"{label}, the declared axis, differ by more than 5 % ({apart})"
         return ""
 
@@ -232,4 +232,10 @@ def _shown(value: Scalar, unit: str) -> Entry:
         return Entry(GAP, "missing")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return Entry(str(value))
-    return Entry(quantity(value, unit) if unit else count(value) if float(value).is_integer() else number(value))
+    return Entry(_written(value, unit))
+
+
+def _written(value: float, unit: str) -> str:
+    if unit:
+        return quantity(value, unit)
+    return count(value) if float(value).is_integer() else number(value)

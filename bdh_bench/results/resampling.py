@@ -66,9 +66,11 @@ def sums_of(ratios: Sequence[tuple[Samples, float]], names: Sequence[str], clust
 def resampled(sums: Sums) -> Floats:
     """The ratios of every resample as deviations from their estimates, (R, K); nan where a resample has no weight."""
     out = np.full((RESAMPLES, sums.above.shape[1]), np.nan)
+    whole: Floats = sums.below.sum(0)
+    even = bool((sums.below == sums.below[0]).all())  # then every resample weighs the same: one product less
     start = 0
     for counts in _draws(len(sums.above)):
-        below = counts @ sums.below
+        below = np.broadcast_to(whole, (len(counts), len(whole))) if even else counts @ sums.below
         np.divide(counts @ sums.above, below, out=out[start : start + len(counts)], where=below > 0)
         start += len(counts)
     return out
@@ -82,26 +84,28 @@ def left_out(sums: Sums) -> Floats:
     return out
 
 
-def interval(draws: Floats, jackknife: Floats, level: float) -> tuple[float, float]:
-    """The interval that holds the share ``level`` of draws (R,); BCa where the jackknife (C,) has few rows."""
-    low, high = (1 - level) / 2, (1 + level) / 2
+def intervals(draws: Floats, jackknife: Floats, levels: Sequence[float]) -> list[tuple[float, float]]:
+    """The intervals that hold these shares of draws (R,); BCa where the jackknife (C,) has few rows."""
+    shares = [side for level in levels for side in ((1 - level) / 2, (1 + level) / 2)]
     if len(jackknife) < PERCENTILE_FROM:
-        low, high = _bca(draws, jackknife, low), _bca(draws, jackknife, high)
-    first, second = np.quantile(draws, [low, high])
-    return float(first), float(second)
+        shares = _bca(draws, jackknife, shares)
+    ends = [float(end) for end in np.quantile(draws, shares)]
+    return list(zip(ends[::2], ends[1::2], strict=True))
 
 
-def _bca(draws: Floats, jackknife: Floats, share: float) -> float:
-    """The quantile to read instead of ``share``: corrected for bias z0 and acceleration a (draws are deviations from 0)."""
+def _bca(draws: Floats, jackknife: Floats, shares: Sequence[float]) -> list[float]:
+    """The quantiles to read instead of ``shares``: corrected for bias z0 and acceleration a (draws are deviations from 0)."""
     below = float(np.mean(draws < 0) + 0.5 * np.mean(draws == 0))
     if not 0 < below < 1:
-        return share
+        return list(shares)
     z0 = _NORMAL.inv_cdf(below)
     apart = jackknife.mean() - jackknife
     spread = float((apart**2).sum()) ** 1.5
     a = float((apart**3).sum()) / (6 * spread) if spread > 0 else 0.0
-    z = z0 + _NORMAL.inv_cdf(share)
-    return share if a * z >= 1 else _NORMAL.cdf(z0 + z / (1 - a * z))
+    tilted = [z0 + _NORMAL.inv_cdf(share) for share in shares]
+    if any(a * z >= 1 for z in tilted):
+        return list(shares)
+    return [_NORMAL.cdf(z0 + z / (1 - a * z)) for z in tilted]
 
 
 def _draws(n: int) -> Iterable[Floats]:

@@ -26,7 +26,7 @@ from bdh_bench.results.resampling import (
     Floats,
     Samples,
     counts_once,
-    interval,
+    intervals,
     left_out,
     resampled,
     sums_of,
@@ -169,7 +169,7 @@ def _contrast(
 
 def _from_draws(value: float, deviations: Floats, jackknife: Floats, n: int, units: int) -> Estimate:
     sound = deviations[np.isfinite(deviations)]
-    (low, high), inner = interval(sound, jackknife, LEVEL), interval(sound, jackknife, INNER_LEVEL)
+    (low, high), inner = intervals(sound, jackknife, (LEVEL, INNER_LEVEL))
     method = "bca" if len(jackknife) < PERCENTILE_FROM else "percentile"
     se = float(np.std(sound, ddof=1))
     return Estimate(value, value + low, value + high, se, n, units, (value + inner[0], value + inner[1]), method)
