@@ -80,6 +80,13 @@ def test_gain_slope_and_effective_context(tmp_path: Path) -> None:
     assert found.effective == 512  # at T 0.006 above the end, at 512 bytes 0.004
 
 
+def test_a_context_that_only_seems_enough_is_not_the_effective_one(tmp_path: Path) -> None:
+    """By its mean 512 bytes would do; the upper limit of the difference says that this is not known."""
+    found = sweep(made(tmp_path, beyond(0.0, 0.02)))
+    assert any(step.value - found.steps[-1].value < 0.005 for step in found.steps[:-1])
+    assert found.effective == 2048
+
+
 def test_seeds_are_averaged_by_document(tmp_path: Path) -> None:
     def fickle(family: str, document: int, context: int, seed: int) -> float:
         return beyond(0.0)(family, document, context, seed) + (0.03 * (-1) ** seed if context > 256 else 0.0)

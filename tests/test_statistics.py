@@ -193,6 +193,17 @@ def test_bca_covers_a_skewed_truth_at_least_as_often() -> None:
     assert hits >= 0.85 * 120
 
 
+def test_the_inner_interval_holds_ninety_percent() -> None:
+    """Two one-sided tests at 5 %: 1.645 standard errors for many documents, t(0.95) for seeds."""
+    values = {str(i): (float(v), 1.0) for i, v in enumerate(np.random.default_rng(8).normal(2.0, 0.5, 200))}
+    many = bootstrap_ratio(values)
+    assert many.inner is not None
+    assert many.value - many.inner[0] == pytest.approx(1.645 * (many.se or 0), rel=0.03)
+    assert many.inner[1] - many.value == pytest.approx(1.645 * (many.se or 0), rel=0.03)
+    seeds = t_interval([1.0, 2.0, 3.0])
+    assert seeds.inner == pytest.approx((2 - 2.919986 / 3**0.5, 2 + 2.919986 / 3**0.5))
+
+
 # -- closed forms ----------------------------------------------------------------------------------------------------
 
 
