@@ -211,10 +211,9 @@ def _barred(
     regimes = [_regime(facts, model) for model in (one.model, two.model)]
     if regimes[0] != regimes[1]:
         yield Why.REGIME, f"the training regimes differ ({' and '.join(r or 'unknown' for r in regimes)})"
-    failed = [c.model for c in facts.run.cells if c.model in (one.model, two.model) and c.status == "gate_failed"]
-    failed += [r.model for r in facts.run.records if r.model in (one.model, two.model) and r.status == "gate_failed"]
+    failed = [model for model in (one.model, two.model) if model in facts.gate_failed]
     if failed:
-        yield Why.GATE, f"a correctness gate failed for {', '.join(dict.fromkeys(failed))}"
+        yield Why.GATE, f"a correctness gate failed for {' and '.join(failed)}"
     if unmatched:
         yield Why.UNMATCHED, f"unranked: {unmatched}"
     beyond = facts.train_context is not None and one.context > facts.train_context

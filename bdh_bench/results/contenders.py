@@ -97,6 +97,12 @@ class Facts:
         return min(gone, key=lambda p: p.context, default=None)
 
     @cached_property
+    def gate_failed(self) -> frozenset[str]:
+        """Models of which a correctness gate failed, in whatever cell."""
+        cells = {cell.model for cell in self.run.cells if cell.status == "gate_failed"}
+        return frozenset(cells | {record.model for record in self.run.records if record.status == "gate_failed"})
+
+    @cached_property
     def _samples(self) -> dict[tuple[Any, ...], _Samples]:
         rows: dict[tuple[Any, ...], list[Record]] = {}
         for record in self.run.records:

@@ -117,6 +117,7 @@ def _draws(n: int) -> Iterable[Floats]:
     return (_counts(generator, n, size) for size in sizes)
 
 
+@lru_cache(maxsize=4)
 def counts_once(n: int, stream: int) -> Floats:
     """(R, n) counts from a stream of their own, independent of those of the documents: for seeds."""
     return _counts(np.random.default_rng([SEED, stream]), n, RESAMPLES)
