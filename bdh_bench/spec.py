@@ -154,8 +154,9 @@ class RunSpec:
     """Everything that determines the results of a run; its digest names the run's request.
 
     ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``match`` is the axis on which
-    models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the difference
-    in bits per byte below which two models count as equal, declared before anything is measured. Raises SpecError where it is none.
+    models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the
+    difference in bits per byte below which two models count as equal, declared before anything is measured. Raises SpecError where
+    it is none.
     """
 
     models: tuple[str, ...]

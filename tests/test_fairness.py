@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from synthetic_run import write_run
 
+from bdh_bench.registry import list_models
 from bdh_bench.results.assessment import assess
 from bdh_bench.results.contenders import Facts
 from bdh_bench.results.fairness import AXES, Card, card_of, fairness_table
 from bdh_bench.results.report.page import content_of, render
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import points_of
-from bdh_bench.spec import MATCH_AXES
+from bdh_bench.runner.recipes import MATCHES
 
 
 def card(run: Run) -> tuple[Card, Facts]:
@@ -53,7 +54,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_axes_are_those_of_a_request() -> None:
-    assert set(AXES) == set(MATCH_AXES) == set(FACT)
+    assert set(AXES) == set(MATCHES) == set(FACT)
 
 
 @pytest.mark.parametrize("axis", FACT)
@@ -107,3 +108,10 @@ def test_a_run_recorded_before_the_card_has_one_with_gaps(run: Run) -> None:
     assert known.card.axis == "params"
     assert all(value is None for row in known.card.values.values() for value in row.values())
     assert all(c.decision.unranked for c in known.comparisons)
+
+
+def test_every_model_of_ours_says_what_kind_it_is() -> None:
+    entries = [entry for entry in list_models() if entry.origin == "built in"]
+    assert {str(e.defaults.get("kind")) for e in entries} <= {"transformer", "recurrent", "control", "yardstick"}
+    assert all(entry.defaults.get("architecture") for entry in entries)
+    assert {e.name for e in entries if e.defaults["kind"] == "transformer"} >= {"gpt2", "llama"}

@@ -105,5 +105,3 @@ def test_declarations_are_part_of_the_request() -> None:
     for margin in (0.0, -0.02, float("nan"), float("inf")):
         with pytest.raises(SpecError, match="equivalence-margin"):
             RunSpec(("bdh",), ("long_ppl",), equivalence_margin=margin)
-    with pytest.raises(UnknownNameError, match="did you mean 'params'"):
-        RunSpec(("bdh",), ("long_ppl",), match="parms")
