@@ -42,6 +42,9 @@ Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; w
 Regime = Annotated[str, typer.Option("--regime", help="crop, carried (the state goes on) or crop+carried.")]
 Match = Annotated[str, typer.Option("--match", help="What is equal: params, bytes, flops, wallclock or state.")]
 TrainSeconds = Annotated[float, typer.Option("--train-seconds", help="Training time of each model, with wallclock.")]
+Margin = Annotated[
+    float, typer.Option("--equivalence-margin", help="Bits per byte below which two models count as equal.")
+]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
 _PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
@@ -63,6 +66,7 @@ def run(
     regime: Regime = "crop",
     match: Match = "params",
     train_seconds: TrainSeconds = 0.0,
+    equivalence_margin: Margin = 0.02,
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -97,6 +101,7 @@ def run(
             regime=regime,
             match=match,
             train_seconds=train_seconds,
+            equivalence_margin=equivalence_margin,
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
 
@@ -509,11 +514,11 @@ def show(
             raise UnknownNameError("cell", cell, [c.key[:12] for c in stored.cells])
         typer.echo(json.dumps(asdict(found[0]), indent=1, sort_keys=True, default=str))
     elif json_:
+        from bdh_bench.results.assessment import assess
         from bdh_bench.results.export import points_as_json
 
-        _print_json(
-            "show", "ok", {"run": stored.id, "points": points_as_json(stored), "problems": list(stored.problems)}
-        )
+        data = {"run": stored.id, "points": points_as_json(stored), "assessment": assess(stored).as_json()}
+        _print_json("show", "ok", data | {"problems": list(stored.problems)})
     else:
         _print_run(stored)
 
@@ -523,21 +528,27 @@ def export(
     run: RunName = None,
     format_: Annotated[str, typer.Option("--format", help="json, jsonl, csv, md or latex.")] = "json",
     raw: Annotated[bool, typer.Option("--raw", help="Every measurement instead of one row per point.")] = False,
+    assessment: Annotated[
+        bool, typer.Option("--assessment", help="Verdicts, reasons and the fairness card instead, as one JSON object.")
+    ] = False,
     runs: Runs = Path("runs"),
     output: Annotated[Path | None, typer.Option("--output", help="A file instead of stdout.")] = None,
     json_: Json = False,
 ) -> None:
     """Every point of a run, for other programs."""
+    from bdh_bench.results.export import assessment as assessment_text
     from bdh_bench.results.export import export as export_text
 
+    if assessment and (raw or format_ != "json"):
+        raise SpecError("got --assessment with --raw or another --format · expected --assessment alone, which is JSON")
     stored = _open(runs, run)
-    text = export_text(stored, format_, raw)
+    text = assessment_text(stored) if assessment else export_text(stored, format_, raw)
     if output is not None:
         from bdh_bench.results.store import write_atomically
 
         write_atomically(output, text)
     if json_:
-        rows = json.loads(export_text(stored, "json", raw))
+        rows = json.loads(text if assessment else export_text(stored, "json", raw))
         _print_json("export", "ok", {"run": stored.id, "rows": rows, "output": str(output) if output else None})
     elif output is None:
         typer.echo(text, nl=not text.endswith("\n"))

@@ -4,6 +4,7 @@ Command line help, the report and the documentation are generated from this tabl
 prefixes belong to the view. ``reduction`` says how the raw measurements of one point are reduced:
 
 * ``ratio``   Σ value·weight / Σ weight over samples (documents); the interval resamples samples,
+* ``share``   the same sum over trials that succeeded (1) or failed (0), each independent, ``weight`` of them; Wilson's interval,
 * ``median``  the median over repeats (windows); an interval needs at least three rounds,
 * ``exact``   an integer that every repeat must agree on; no interval.
 """
@@ -25,7 +26,7 @@ class Metric:
     better: Literal["lower", "higher", "neither"]
     label: str
     meaning: str
-    reduction: Literal["ratio", "median", "exact"]
+    reduction: Literal["ratio", "share", "median", "exact"]
 
 
 _TABLE = (

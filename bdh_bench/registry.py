@@ -11,7 +11,8 @@ that ``list``, ``--help`` and the checks before a run start without torch. A mod
     Config           frozen dataclass; its fields are the options, their defaults the defaults
     scaled(target)   candidates for a parameter target, as Configs (see sizing.py)
     Model(config)    nn.Module + Streaming
-    DEFAULTS         literal dictionary: learning_rate, position_limit
+    DEFAULTS         literal dictionary: learning_rate, position_limit, kind (transformer, recurrent, control, or yardstick for a
+                     model without learning), architecture (a few words: norms, gating, positions, what is not in other models)
 """
 
 from __future__ import annotations

@@ -154,7 +154,9 @@ class RunSpec:
     """Everything that determines the results of a run; its digest names the run's request.
 
     ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``match`` is the axis on which
-    models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``.
+    models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the
+    difference in bits per byte below which two models count as equal, declared before anything is measured. Raises SpecError where
+    it is none.
     """
 
     models: tuple[str, ...]
@@ -172,6 +174,14 @@ class RunSpec:
     regime: str = "crop"
     match: str = "params"
     train_seconds: float = 0.0
+    equivalence_margin: float = 0.02
+
+    def __post_init__(self) -> None:
+        require_positive(equivalence_margin=self.equivalence_margin)
+        if not self.equivalence_margin < float("inf"):
+            raise SpecError(
+                f"got --equivalence-margin {self.equivalence_margin} · expected a finite number of bits per byte"
+            )
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of this request."""

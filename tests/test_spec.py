@@ -93,3 +93,15 @@ def test_a_request_survives_toml(tmp_path: Path) -> None:
     assert RunSpec.from_mapping({"models": ["bdh"], "tasks": ["memory"]}).regime == "crop"  # as recorded before regimes
     with pytest.raises(UnknownNameError):
         RunSpec.from_mapping({"modles": ["bdh"]})
+
+
+def test_declarations_are_part_of_the_request() -> None:
+    plain = RunSpec(("bdh",), ("long_ppl",))
+    assert (plain.equivalence_margin, plain.match) == (0.02, "params")
+    assert (
+        len({plain.digest(), replace(plain, equivalence_margin=0.01).digest(), replace(plain, match="state").digest()})
+        == 3
+    )
+    for margin in (0.0, -0.02, float("nan"), float("inf")):
+        with pytest.raises(SpecError, match="equivalence-margin"):
+            RunSpec(("bdh",), ("long_ppl",), equivalence_margin=margin)

@@ -29,7 +29,12 @@ from bdh_bench.kernels.selective_scan import selective_scan, selective_scan_step
 from bdh_bench.models import _state_space as frame
 from bdh_bench.models._state_space import wide
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "selective scan, short convolution, RMSNorm before each block, gated SiLU, no positions",
+}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,12 @@ from bdh_bench.kernels.ssd import ssd, ssd_step
 from bdh_bench.models import _state_space as frame
 from bdh_bench.models._state_space import wide
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "state-space duality, one decay per head, short convolution, gated RMSNorm, no positions",
+}
 
 #: A target from which the state has the published 128 rows instead of 64, and heads of at most so many channels.
 _LARGE = 15_000_000

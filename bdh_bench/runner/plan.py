@@ -72,6 +72,7 @@ def cell_json(cell: Cell) -> dict[str, Any]:
         "key": cell.key,
         "model": cell.model,
         "family": model.family,
+        "kind": str(entry.defaults.get("kind", "")),
         "size": sized,
         "task": cell.task,
         "seed": cell.seed,
@@ -101,6 +102,8 @@ def command_line(spec: RunSpec) -> str:
             parts += [flag, getattr(spec, name)]
     if spec.train_seconds:
         parts += ["--train-seconds", f"{spec.train_seconds:g}"]
+    if spec.equivalence_margin != plain.equivalence_margin:
+        parts += ["--equivalence-margin", f"{spec.equivalence_margin:g}"]
     if spec.learning_rate:
         parts += ["--learning-rate", f"{spec.learning_rate:g}"]
     return shlex.join(parts + (["--smoke"] if spec.smoke else []))

@@ -34,6 +34,7 @@ from bdh_bench.training.recipe import Recipe
 
 _SAVE_EVERY_S = 20.0
 _CURVE_POINTS = 50
+_BETAS = (0.9, 0.95)
 _VALIDATION_PIECES = 128
 #: Training contexts after which a state that grows with every byte is emptied, so that memory does not follow the longest document.
 GROWING_CARRY = 16
@@ -108,7 +109,7 @@ class Training:
         self.model, self.recipe, self.reader, self.checkpoint = model, recipe, reader, checkpoint
         self.steps = reader.steps(recipe)
         self.optimiser = torch.optim.AdamW(
-            _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True
+            _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=_BETAS, fused=True
         )
         self.step, self.seconds, self.mastered = 0, 0.0, False
         self.curve: list[tuple[int, float, float]] = []
@@ -200,6 +201,11 @@ class Training:
             "steps": self.step,
             "mastered": self.mastered,
             "learning_rate": recipe.learning_rate,
+            "optimiser": f"AdamW{_BETAS}",
+            "schedule": f"linear warm-up, cosine to {recipe.final_share:g}",
+            "warm_up": recipe.warm_up,
+            "clip_norm": recipe.clip_norm,
+            "weight_decay": recipe.weight_decay,
             "precision": recipe.precision,
             "seed": recipe.seed,
             "seconds": round(self.seconds, 2),
