@@ -63,7 +63,8 @@ class Settings:
 
     def label(self, model: Any) -> str:
         """The part of a metric's name that says what was read before what."""
-        start = ",start=always" if model.tokenizer is not None and self.start == "always" else ""
+        rule = self.start if model.start_symbol is not None else "none"
+        start = f",start={rule}" if rule == "none" or (model.tokenizer is not None and rule == "always") else ""
         return self.windowing.label(model) + start
 
 
@@ -83,9 +84,14 @@ def open_lm(
     """The model called ``spec`` as lm-eval's; random weights are drawn from ``seed``. Raises SpecError and its kinds."""
     if str(batch_size or 1) not in ("1", "auto") or max_batch_size not in (None, 1):
         raise SpecError(f"got batch_size {batch_size} · expected 1: streams of different lengths are never padded")
-    settings = Settings(Windowing.parse(str(windowing)), int(state_budget), bool(reuse), start)
+    settings = settings_of(str(windowing), int(state_budget), start, bool(reuse))
     model = load_model(str(spec), device=device or "cpu", dtype=dtype, seed=int(seed), train_context=int(train_context))
     return wrap(model, settings, str(spec))
+
+
+def settings_of(windowing: str, state_budget: int, start: str, reuse: bool = True) -> Settings:
+    """Settings as they are written. Raises SpecError, UnknownNameError."""
+    return Settings(Windowing.parse(windowing), state_budget, reuse, start)
 
 
 def wrap(model: Any, settings: Settings | None = None, spec: str = "") -> BenchLM:
@@ -216,15 +222,20 @@ class BenchLM(LM):  # type: ignore[misc]
             "model_sha": _sha256(path) if path else "",
             "config_hash": hashlib.sha256(config.encode()).hexdigest(),
             "fingerprint": self.fingerprint,
-            "scoring": self.settings.label(self.model),
+            "scoring": self.scoring,
             "bdh_bench_version": version("bdh-bench"),
         }
+
+    @property
+    def scoring(self) -> str:
+        """The part of a metric's name that says how it was read."""
+        return self.settings.label(self.model)
 
     @property
     def fingerprint(self) -> str:
         """Everything that determines a score: weights, options, dtype, device, scoring rule and code."""
         code = source_digest(type(self.model).__module__, __name__)
-        parts = (fingerprint(self.model), self._device.type, self.settings.label(self.model), code)
+        parts = (fingerprint(self.model), self._device.type, self.scoring, code)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def cache_path(self, path: str) -> str:

@@ -2,7 +2,7 @@
 
 Documents are those of ``data/corpus`` with 16 KiB or more that are UTF-8, in the order of the hash of their names; offsets and the order of
 options come from hashes too, so every process asks the same. Keyword arguments are what lm-eval hands on (``--metadata``): ``data`` is another
-corpus, ``documents`` the number of them.
+corpus, ``documents`` the number of them. Every row names its document (``bdh_document``): rows of one document are resampled together.
 
     streams   the beginning of a document                            rolling log-likelihood → bits per byte
     choices   a passage, and four lines, one of which comes next     multiple choice, chance 1/4
@@ -19,7 +19,7 @@ from bdh_bench.data.corpus import Document, name_hash, open_corpus
 from bdh_bench.errors import CorpusError
 
 _LEAST_BYTES = 16_384
-_CONTEXT = 512  # characters before a question
+_CONTEXT = 256  # characters before a question; with an option it fits the smallest position table of a default run
 _OPTION = 48  # characters of an option
 _OPTIONS = 4
 _GIVEN = 3  # characters of a name that a cloze shows
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z_]{8,32}")
 def streams(data: str = "stdlib", documents: int = 40, stream_bytes: int = 8192, **_: Any) -> dict[str, Any]:
     """One row per document: its first ``stream_bytes`` bytes, to the last whole character."""
     found = _documents(data, documents)
-    return _dataset([{"name": d.name, "text": d.content[:stream_bytes].decode(errors="ignore")} for d in found])
+    return _dataset([{"bdh_document": d.name, "text": d.content[:stream_bytes].decode(errors="ignore")} for d in found])
 
 
 def choices(data: str = "stdlib", documents: int = 40, questions: int = 2, **_: Any) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _choices(document: Document, questions: int) -> Iterator[dict[str, Any]]:
         gold = name_hash(f"{document.name} {number}") % _OPTIONS
         context = text[order[0] - _CONTEXT : order[0]]
         yield {
-            "name": f"{document.name}:{order[0]}",
+            "bdh_document": document.name,
             "context": context,
             "choices": [*wrong[:gold], right, *wrong[gold:]],
             "gold": gold,
@@ -93,7 +93,7 @@ def _clozes(document: Document, questions: int) -> Iterator[dict[str, Any]]:
             asked += 1
             shown = match.start() + _GIVEN
             yield {
-                "name": f"{document.name}:{match.start()}",
+                "bdh_document": document.name,
                 "context": text[match.start() - _CONTEXT : shown],
                 "answer": match.group()[_GIVEN:],
             }
