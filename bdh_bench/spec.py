@@ -6,7 +6,7 @@ Model grammar: ``NAME[@SIZE][:key=value]…``, comma-separated. NAME is a family
 Keys are options of the family, and for every family ``weights``, ``regime`` and ``learning_rate``: where the weights come from. They
 are no part of the architecture.
 
-Tasks follow the same grammar without a size. ``lm_eval:``NAME takes a word too, and NAME,NAME more of them: what follows it and is no task of
+Tasks follow the same grammar without a size. ``lm_eval:``NAME takes a word too, and more of them: what follows it and is no task of
 bdh-bench is one more name, ``lm_eval:a,b,memory`` is lm_eval:"a,b" and memory. Quotes decide where a name is the name of both.
 """
 

@@ -1,8 +1,8 @@
 """lm-eval's own command line with our models in it: ``python -m bdh_bench.lm_eval --model bdh_bench --model_args spec=bdh@quick …``.
 
-Everything is theirs but four things: our tasks are known beside theirs, whose thousands of files are read only where one of them is named;
-``--model`` is ``bdh_bench`` and ``--device`` is ``cpu`` where they are left out; and the path of ``--use_cache`` gets the model's fingerprint,
-because their cache names no model.
+Everything is theirs but four things: our tasks are known beside theirs, whose thousands of files are read only where one of them is
+named; ``--model`` is ``bdh_bench`` and ``--device`` is ``cpu`` where they are left out; and the path of ``--use_cache`` gets the model's
+fingerprint, because their cache names no model.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     --model bdh_bench --model_args spec=bdh@quick,device=cpu,dtype=float32,seed=0,windowing=stop,state_budget=201326592
 
-``spec`` is any model name of bdh-bench (``weights=`` in it for trained ones; quote a value with commas). A model of bytes is an ``LM``, one
-with a tokenizer a ``TemplateLM``. Every score comes from the streams that bdh-bench's own tasks use (``tasks/_scoring``): one stream at a time,
-nothing padded, nothing truncated.
+``spec`` is any model name of bdh-bench (``weights=`` in it for trained ones; quote a value with commas). A model of bytes is an ``LM``,
+one with a tokenizer a ``TemplateLM``. Every score comes from the streams that bdh-bench's own tasks use (``tasks/_scoring``): one stream
+at a time, nothing padded, nothing truncated.
 
 What comes before a continuation:
 
@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 class Settings:
     """How a model is scored; what changes a score is in ``label``."""
 
-    windowing: Windowing = Windowing()
+    windowing: Windowing = field(default_factory=Windowing)
     state_budget: int = DEFAULT_BUDGET_BYTES
     reuse: bool = True
     start: str = "empty"
@@ -100,7 +100,7 @@ def wrap(model: Any, settings: Settings | None = None, spec: str = "") -> BenchL
     return kind(model, settings or Settings(), spec)
 
 
-@register_model("bdh_bench")  # type: ignore[untyped-decorator]
+@register_model("bdh_bench")
 class BenchLM(LM):  # type: ignore[misc]
     """What byte models and tokenised ones share. ``positions``: sha256 of a document → its units, for every document rolled over."""
 
@@ -112,7 +112,9 @@ class BenchLM(LM):  # type: ignore[misc]
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None) -> BenchLM:
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> BenchLM:
         """What lm-eval calls with ``--model_args``. Raises SpecError for an argument that does not exist."""
         extra = {k: v for k, v in (additional_config or {}).items() if v is not None}
         given = {**extra, **arg_dict}
@@ -289,7 +291,9 @@ class TokenLM(BenchLM, TemplateLM):  # type: ignore[misc]
 
     def _pair(self, context: str, continuation: str) -> Request:
         if not context:
-            return _request(np.array(self._start(), dtype=np.int64), np.array(self.tok_encode(continuation), dtype=np.int64))
+            return _request(
+                np.array(self._start(), dtype=np.int64), np.array(self.tok_encode(continuation), dtype=np.int64)
+            )
         before, after = self._encode_pair(context, continuation)
         start = self._start() if self.settings.start == "always" or not before else []
         return _request(np.array([*start, *before], dtype=np.int64), np.array(after, dtype=np.int64))

@@ -16,7 +16,8 @@ def require() -> None:
     """Raise MissingExtraError where lm-eval is not installed; nothing is imported."""
     if find_spec("lm_eval") is None:
         raise MissingExtraError(
-            "the package lm_eval is not installed · expected lm-eval 0.4.13 or later", "pip install 'bdh-bench[lm-eval]'"
+            "the package lm_eval is not installed · expected lm-eval 0.4.13 or later",
+            "pip install 'bdh-bench[lm-eval]'",
         )
 
 

@@ -1,8 +1,8 @@
 """What do the offline tasks ask? Pieces of the running Python's standard library, from the split that no training may read.
 
-Documents are those of ``data/corpus`` with 16 KiB or more that are UTF-8, in the order of the hash of their names; offsets and the order of
-options come from hashes too, so every process asks the same. Keyword arguments are what lm-eval hands on (``--metadata``): ``data`` is another
-corpus, ``documents`` the number of them. Every row names its document (``bdh_document``): rows of one document are resampled together.
+Documents are those of ``data/corpus`` with 16 KiB or more that are UTF-8, in the order of the hash of their names; offsets and the order
+of options come from hashes too, so every process asks the same. Keyword arguments are what lm-eval hands on (``--metadata``): ``data`` is
+another corpus, ``documents`` the number of them. Every row names its document (``bdh_document``): rows of one are resampled together.
 
     streams   the beginning of a document                            rolling log-likelihood → bits per byte
     choices   a passage, and four lines, one of which comes next     multiple choice, chance 1/4
@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
+from itertools import islice
 from typing import Any
 
 from bdh_bench.data.corpus import Document, name_hash, open_corpus
 from bdh_bench.errors import CorpusError
 
 _LEAST_BYTES = 16_384
-_CONTEXT = 256  # characters before a question; with an option it fits the smallest position table of a default run
-_OPTION = 48  # characters of an option
+_CONTEXT = 320  # characters before a question; with an option it fits the smallest position table of a default run
+_OPTION = 32  # characters of an option
 _OPTIONS = 4
 _GIVEN = 3  # characters of a name that a cloze shows
 _NAME = re.compile(r"[A-Za-z_]{8,32}")
@@ -44,14 +46,13 @@ def clozes(data: str = "stdlib", documents: int = 40, questions: int = 2, **_: A
     return _dataset(rows)
 
 
+@cache
 def _documents(data: str, count: int) -> list[Document]:
-    found: list[Document] = []
-    for document in sorted(open_corpus(data).part("test"), key=lambda d: name_hash(d.name)):
-        if len(document.content) >= _LEAST_BYTES and _is_text(document.content):
-            found.append(document)
+    test = sorted(open_corpus(data).part("test"), key=lambda d: name_hash(d.name))
+    found = list(islice((d for d in test if len(d.content) >= _LEAST_BYTES and _is_text(d.content)), count))
     if not found:
         raise CorpusError(f"no test document of {data} has {_LEAST_BYTES:,} bytes of UTF-8", "use longer documents")
-    return found[:count]
+    return found
 
 
 def _is_text(content: bytes) -> bool:
@@ -88,7 +89,9 @@ def _clozes(document: Document, questions: int) -> Iterator[dict[str, Any]]:
     for match in sorted(names, key=lambda m: name_hash(f"{document.name} {m.start()}")):
         if asked == questions:
             return
-        whole = re.search(rf"(?<![A-Za-z_0-9]){match.group()}(?![A-Za-z_0-9])", text[match.start() - _CONTEXT : match.start()])
+        whole = re.search(
+            rf"(?<![A-Za-z_0-9]){match.group()}(?![A-Za-z_0-9])", text[match.start() - _CONTEXT : match.start()]
+        )
         if whole and re.match(r"[ \n(),.:=\[\]]", text[match.end() :]):
             asked += 1
             shown = match.start() + _GIVEN

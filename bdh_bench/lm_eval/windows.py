@@ -65,7 +65,9 @@ def _score_windows(model: Any, content: bytes, stride: int) -> Units:
     ids = (np.frombuffer(content, np.uint8) if encoding is None else encoding.ids).astype(np.int64)
     ends = np.arange(1, len(ids) + 1) if encoding is None else encoding.ends
     skipped = int(model.start_symbol is None)
-    read = ids if skipped else np.concatenate(([model.start_symbol], ids))  # read[i] is followed by its target read[i + 1]
+    read = (
+        ids if skipped else np.concatenate(([model.start_symbol], ids))
+    )  # read[i] is followed by its target read[i + 1]
     scored: list[NDArray[np.float32]] = []
     done = 1  # the next target, as an index into read
     while done < len(read):
@@ -87,4 +89,5 @@ def _last(model: Any, window: NDArray[np.int64], count: int) -> NDArray[np.float
         if piece.shape[1]:
             session.extend(piece)
     logits = session.extend(tokens[:, split:-1], keep="all")
-    return bits(logits, tokens[:, -count:])[0]
+    scored: NDArray[np.float32] = bits(logits, tokens[:, -count:])[0]
+    return scored

@@ -3,15 +3,16 @@
 ``lm_eval:NAME``, or several: ``lm_eval:NAME,NAME``. Offline there are ``bdh_stdlib_bpb``, ``bdh_stdlib_choice`` and ``bdh_stdlib_cloze``;
 ``include=FOLDER`` adds tasks in YAML files, ``stock=on`` those of the package, most of which download their data.
 
-Protocol: lm-eval builds the prompts and judges the answers; every likelihood comes from ``bdh_bench.lm_eval`` (contexts that begin alike are
-read once; documents are streams with carried state; nothing is truncated). Kept is one value per document and metric, so that intervals
-resample documents, which lm-eval does not give for bits per byte. Bits per byte are the ratio of sums over the logged (log-likelihood, bytes)
-pairs. What we reduce must be what lm-eval reports, else nothing is stored (gate_failed).
+Protocol: lm-eval builds the prompts and judges the answers; every likelihood comes from ``bdh_bench.lm_eval`` (contexts that begin alike
+are read once; documents are streams with carried state; nothing is truncated). Kept is one value per document and metric, so that
+intervals resample documents, which lm-eval does not give for bits per byte. Bits per byte are the ratio of sums over the logged
+(log-likelihood, bytes) pairs. What we reduce must be what lm-eval reports, else nothing is stored (gate_failed).
 
 Models are trained on the run's text first, as for ``long_ppl``; published weights and ``weights=PATH`` are taken as they are.
 
-Caveats: a metric counts only within one task, version, number of shots and windowing; all are in its name. Word and byte perplexity are left out
-(other names of the same sum), and so is what is no mean over documents (F1, BLEU): its row says so. Chance of ``bdh_stdlib_choice`` is 1/4.
+Caveats: a metric counts only within one task, version, number of shots and windowing; all are in its name. Word and byte perplexity are
+left out (other names of the same sum), and so is what is no mean over documents (F1, BLEU): its row says so. Chance of
+``bdh_stdlib_choice`` is 1/4.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Config:
-    """``names`` is the word of the task. ``limit`` documents per task and ``shots`` examples per prompt: 0 is all, and the task's own number."""
+    """``names`` is the word of the task; ``limit`` documents per task (0: all), ``shots`` examples per prompt (0: the task's own number)."""
 
     names: str = ""
     limit: int = 0
@@ -119,7 +120,13 @@ def _task(lm: Any, known: Any, name: str, task: Any, config: Config) -> Iterator
             if metric:
                 axes = {"lm_eval_task": name}
                 yield Measurement(
-                    metric, None, 0, axes=axes, metric_id=f"{metric}@{metric_id}", status="unsupported", reason=str(error)
+                    metric,
+                    None,
+                    0,
+                    axes=axes,
+                    metric_id=f"{metric}@{metric_id}",
+                    status="unsupported",
+                    reason=str(error),
                 )
         return
     samples = found["samples"][name]
