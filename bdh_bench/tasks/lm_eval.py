@@ -56,7 +56,7 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Config:
-    """``names`` is the word of the task; ``limit`` documents per task (0: all), ``shots`` examples per prompt (0: the task's own number)."""
+    """``names`` is the word of the task; ``limit`` documents per task (0: all), ``shots`` examples per prompt (0: as the task says)."""
 
     names: str = ""
     limit: int = 0
