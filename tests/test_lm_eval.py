@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'bdh-bench[lm-eval]')")
@@ -95,9 +95,17 @@ def test_likelihoods_and_greed_of_bytes_are_those_of_the_full_forward(tiny: Any)
     assert answers[0][1] == (first < 128)
 
 
+def test_greedy_means_every_token() -> None:
+    lm = wrap(load_model("toy:copy:period=4"))  # after abcd it writes abcd
+    asked = [_asked("loglikelihood", "abcd", text) for text in ("abcd", "ax", "xb", "a", "x")]
+    assert [greedy for _, greedy in lm.loglikelihood(asked)] == [True, False, False, True, False]
+
+
 _WORDS = st.lists(st.sampled_from(b"ab"), max_size=7)
 
 
+@example([([97], [97]), ([], [97, 97])], 2**30)
+@example([([97, 98, 97], [97]), ([97], [98, 97, 98]), ([97], [98])], 2**30)
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(_WORDS, _WORDS), min_size=1, max_size=8), st.sampled_from([0, 20_000, 2**30]))
 def test_the_walk_gives_what_each_request_gives_alone(pairs: list[tuple[list[int], list[int]]], budget: int) -> None:
@@ -149,7 +157,8 @@ def test_a_budget_for_one_state_keeps_one(tiny: Any) -> None:
     one = PrefixScorer(tiny, budget=free.store.peak // 2)
     again = dict(one.score(requests))
     assert 0 < one.store.peak <= free.store.peak // 2
-    assert one.tokens_read > free.tokens_read
+    assert free.tokens_read == 8 + 3  # a turn after five tokens and two after eight
+    assert one.tokens_read == 8 + 8  # the stream after eight replaced the one after five, which was used longer ago
     assert all(again[i].nats == pytest.approx(scores[i].nats, abs=1e-5) for i in scores)
 
 
@@ -200,6 +209,8 @@ def test_generation_is_greedy_stops_at_the_first_stop_and_counts_its_tokens(tiny
     copy = wrap(printable)
     (text,) = copy.generate_until([_asked("generate_until", "abcd", {"until": ["da", "c"], "max_gen_toks": 9})])
     assert text == "ab"
+    (text,) = copy.generate_until([_asked("generate_until", "abcd", {"until": ["c", "bc"], "max_gen_toks": 9})])
+    assert text == "a"  # both end at the same byte: the one that begins first
     (text,) = copy.generate_until([_asked("generate_until", "abcd", {"until": "cda", "max_new_tokens": 9})])
     assert text == "ab"
     for how in ({"do_sample": True}, {"temperature": 0.7}, {"num_beams": 4}):
