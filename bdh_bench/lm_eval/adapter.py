@@ -43,6 +43,7 @@ from bdh_bench.session import fingerprint
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import parse_model
 from bdh_bench.tasks._scoring import PIECE, Units
+from bdh_bench.weights import inspect
 
 _PLAIN_GENERATION = 256  # tokens, where a task does not say
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -221,7 +222,7 @@ class BenchLM(LM):  # type: ignore[misc]
             "model_dtype": str(parameter.dtype) if parameter is not None else "",
             "state_dtypes": sorted({str(t.dtype) for t in session.state()}),
             "state_bytes": {str(c): self.model.state_bytes(1, c) for c in (1024, 65_536)},
-            "model_sha": _sha256(path) if path else "",
+            "model_sha": inspect(path).digest() if path else "",
             "config_hash": hashlib.sha256(config.encode()).hexdigest(),
             "fingerprint": self.fingerprint,
             "scoring": self.scoring,
@@ -327,8 +328,3 @@ def _generation(wanted: Mapping[str, Any]) -> tuple[list[bytes], int]:
     if most < 1:
         raise SpecError(f"got max_gen_toks {most} · expected at least 1")
     return [str(stop).encode() for stop in stops if stop], most
-
-
-def _sha256(path: str) -> str:
-    file = Path(path).expanduser()
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
