@@ -121,13 +121,14 @@ def _seeds(count: int | None, one: int | None) -> tuple[int, ...]:
 
 def _request(models: str, task: str, contexts: str = "", **settings: Any) -> RunSpec:
     """The request of these flags; ``settings`` are fields of RunSpec. Raises SpecError for numbers that make no sense."""
-    from bdh_bench.spec import RunSpec, parse_contexts, parse_models, require_positive
+    from bdh_bench.registry import list_tasks
+    from bdh_bench.spec import RunSpec, parse_contexts, parse_models, parse_tasks, require_positive
 
     if not models or not task:
         raise SpecError("--models and --task are needed", "for example --models bdh,gpt2,mamba --task long_ppl")
     request = RunSpec(
         models=tuple(str(m) for m in parse_models(models)),
-        tasks=tuple(str(t) for t in parse_models(task)),
+        tasks=tuple(str(t) for t in parse_tasks(task, {entry.name for entry in list_tasks()})),
         contexts=parse_contexts(contexts) if contexts else (),
         **settings,
     )

@@ -140,6 +140,30 @@ def check(spec: ModelSpec) -> Entry:
     return entry
 
 
+def task_values(spec: ModelSpec) -> dict[str, Any]:
+    """What a task's name says of its ``Config``: the word behind its name, and its options by the type of their defaults.
+
+    Raises UnknownNameError for an option that does not exist, SpecError for a value that is none.
+    """
+    entry = find("tasks", spec.family)
+    field_of_word = entry.defaults.get("word", "")
+    if spec.size or bool(spec.name) != bool(field_of_word):
+        wanted = f"{spec.family}:{field_of_word.upper()}[:key=value]" if field_of_word else "NAME[:key=value]"
+        raise SpecError(f"got task {str(spec)!r} · expected {wanted}")
+    values: dict[str, Any] = {field_of_word: spec.name} if field_of_word else {}
+    options = {name: default for name, default in entry.options.items() if name != field_of_word}
+    for key, text in spec.options:
+        if key not in options:
+            raise UnknownNameError(f"option of task {spec.family}", key, options)
+        if isinstance(options[key], str):
+            values[key] = text
+        elif text.isascii() and text.isdigit() and int(text) >= 1:
+            values[key] = int(text)
+        else:
+            raise SpecError(f"got {key}={text} for task {spec.family} · expected a whole number of at least 1")
+    return values
+
+
 @cache
 def _entries(kind: str) -> tuple[Entry, ...]:
     """Sorted by name; a built-in before the plug-ins that ask for its name."""

@@ -5,6 +5,9 @@ Model grammar: ``NAME[@SIZE][:key=value]…``, comma-separated. NAME is a family
 
 Keys are options of the family, and for every family ``weights``, ``regime`` and ``learning_rate``: where the weights come from. They
 are no part of the architecture.
+
+Tasks follow the same grammar without a size. ``lm_eval:``NAME takes a word too, and more of them: what follows it and is no task of
+bdh-bench is one more name, ``lm_eval:a,b,memory`` is lm_eval:"a,b" and memory. Quotes decide where a name is the name of both.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ SIZES: dict[str, int] = {
     "1b": 1_000_000_000,
 }
 DEFAULT_SIZE = "quick"
+#: What takes a word behind its name.
+_WORDED = ("toy", "hf", "lm_eval")
 
 #: Options of every family: where weights come from.
 WEIGHT_OPTIONS = ("weights", "regime", "learning_rate")
@@ -51,7 +56,8 @@ class ModelSpec:
 
     def __str__(self) -> str:
         """Canonical form: options sorted, the default size left out, values quoted only where needed."""
-        head = f"{self.family}:{self.name}" if self.name else self.family
+        name = f'"{self.name}"' if "," in self.name else self.name
+        head = f"{self.family}:{name}" if name else self.family
         size = f"@{self.size}" if self.size and (self.size != DEFAULT_SIZE or self.family == "hf") else ""
         return head + size + "".join(f":{key}={_quote(value)}" for key, value in sorted(self.options))
 
@@ -101,14 +107,14 @@ def parse_model(text: str) -> ModelSpec:
     if family == "hf":
         name = stem
     elif colon:
-        name = name.partition("@")[0]
+        name = name.partition("@")[0].strip('"')
     else:
         family = stem
     if not _WORD.match(family) or (colon and not name) or ("@" in at and not size):
         raise SpecError(f"got model {text!r} · expected NAME[@SIZE][:key=value]…", "see 'bdh-bench list models'")
-    if colon and family not in ("toy", "hf"):
+    if colon and family not in _WORDED:
         raise SpecError(
-            f"got model {text!r} · expected key=value after ':' (only toy: and hf: take a word)",
+            f"got model {text!r} · expected key=value after ':' (only {', '.join(f'{w}:' for w in _WORDED)} take a word)",
             f"write {family}:key=value",
         )
     if size and family != "hf" and size not in SIZES:
@@ -127,6 +133,21 @@ def parse_models(text: str) -> tuple[ModelSpec, ...]:
             raise SpecError(f"model {str(spec)!r} is listed twice · expected each model once", "remove one")
         specs.append(spec)
     return tuple(specs)
+
+
+def parse_tasks(text: str, known: Collection[str]) -> tuple[ModelSpec, ...]:
+    """A comma-separated list of distinct tasks; ``known`` are the tasks there are. Raises SpecError as ``parse_models`` does."""
+    parts: list[str] = []
+    for part in _split_outside_quotes(text, re.compile(",")):
+        word = part.strip().partition(":")[0]
+        if word and word not in known and parts and parts[-1].strip().startswith("lm_eval:"):
+            head, *options = _split_outside_quotes(parts[-1].strip(), _OPTION)
+            more, *behind = _split_outside_quotes(part.strip(), _OPTION)
+            names = [head.removeprefix("lm_eval:").strip('"'), more.strip('"')]
+            parts[-1] = ":".join([f'lm_eval:"{",".join(names)}"', *options, *behind])
+        else:
+            parts.append(part)
+    return parse_models(",".join(parts))
 
 
 def parse_contexts(text: str) -> tuple[int, ...]:

@@ -6,7 +6,6 @@ request, the text, and the source of the model, the task and whatever they impor
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -119,19 +118,23 @@ def make_plan(spec: RunSpec) -> Plan:
         _check_name(model, entry)
         _check_weights(model, spec.train_context)
     for task in tasks:
-        _check_task(task)
+        _check_plugin(registry.find("tasks", task.family))
+        registry.task_values(task)
     _check_device(spec.device)
     check_training(spec, models)
+    outside = {str(t): _outside(t) for t in tasks}
     reading = [t for t in tasks if _facts(t).get("reads")]
-    corpus = open_corpus(spec.data) if reading else None
+    corpus = open_corpus(spec.data) if reading or any(_facts(t).get("trains") for t in tasks) else None
     contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
     labels = list(corpus.labels) if corpus else []
     references: tuple[dict[str, Any], ...] = ()
     manifest = corpus.manifest() if corpus else None
-    if corpus is not None:
+    if corpus is not None and reading:
         references, few = _references(spec, corpus, contexts[str(reading[0])], _config(reading[0]))
         labels += ["smoke"] if (spec.smoke or few) and "smoke" not in labels else []
-    cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else ""))
+    elif spec.smoke and corpus is not None:
+        labels += ["smoke"] if "smoke" not in labels else []
+    cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else "", outside))
     return Plan(spec, cells, contexts, manifest, references, tuple(labels))
 
 
@@ -139,16 +142,15 @@ def _facts(task: ModelSpec) -> dict[str, Any]:
     return dict(registry.find("tasks", task.family).defaults)
 
 
-def _check_task(task: ModelSpec) -> None:
-    entry = registry.find("tasks", task.family)
-    if task.size or task.name:
-        raise SpecError(f"got task {str(task)!r} · expected NAME[:key=value]")
-    _check_plugin(entry)
-    for key, text in task.options:
-        if key not in entry.options:
-            raise UnknownNameError(f"option of task {task.family}", key, entry.options)
-        if not isinstance(_literal(text), int) or int(text) < 1:
-            raise SpecError(f"got {key}={text} for task {task.family} · expected a whole number of at least 1")
+def _outside(task: ModelSpec) -> dict[str, Any]:
+    """What a task with ``checked`` in its DEFAULTS needs from outside this package, found before anything runs.
+
+    Its ``check(config)`` raises SpecError (or a kind of it) for what is missing, and gives what must be part of the cell's key.
+    """
+    if not _facts(task).get("checked"):
+        return {}
+    module = registry.load("tasks", task.family)
+    return dict(module.check(module.Config(**registry.task_values(task))))
 
 
 def _check_plugin(entry: registry.Entry) -> None:
@@ -188,16 +190,8 @@ def _check_device(device: str) -> None:
         raise SpecError("got --device cuda · this machine shows no NVIDIA device", "use --device cpu")
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def _config(task: ModelSpec) -> dict[str, Any]:
-    options = dict(registry.find("tasks", task.family).options)
-    return {**options, **{key: _literal(text) for key, text in task.options}}
+    return {**registry.find("tasks", task.family).options, **registry.task_values(task)}
 
 
 def _contexts(task: ModelSpec, spec: RunSpec, corpus: Corpus | None) -> tuple[int, ...]:
@@ -269,9 +263,10 @@ def _cells(
     tasks: Sequence[ModelSpec],
     contexts: dict[str, tuple[int, ...]],
     data_digest: str,
+    outside: dict[str, dict[str, Any]],
 ) -> Iterator[Cell]:
     for task in tasks:
-        facts = _facts(task)
+        facts = _facts(task) | {"outside": outside[str(task)]}
         own = contexts[str(task)] if "context" in facts.get("cell_axes", ()) else (None,)
         for seed in spec.seeds:
             for model in models:
@@ -307,9 +302,10 @@ def _cell(
         inputs["weights"] = inspect(path).digest()
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
-    if facts.get("trains") or facts.get("practises"):
+    if facts.get("trains"):
+        inputs |= {"data": data_digest}
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
-    if spec.match not in ("params", "bytes"):  # what the model gets follows from the others
-        inputs |= {"match": spec.match, "reference": spec.models, "train_seconds": spec.train_seconds}
+    if facts["outside"]:
+        inputs |= {"outside": facts["outside"]}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()
     return Cell(key, str(model), str(task), seed, context)

@@ -137,14 +137,14 @@ def _results(
         torch.set_num_threads(spec.threads)
     model_spec, task_spec = parse_model(cell.model), parse_model(cell.task)
     task = registry.load("tasks", task_spec.family)
-    config = task.Config(**{key: int(value) for key, value in task_spec.options})
+    config = task.Config(**registry.task_values(task_spec))
     about = registry.find("tasks", task_spec.family).defaults
     _say("load", 0.0, {})
     built = matched_model(spec, model_spec)
     model = load_model(built, device=spec.device, seed=cell.seed, train_context=spec.train_context)
     facts |= _model_facts(model, model_spec, spec.train_context)
     facts["threads"] = torch.get_num_threads()
-    corpus = open_corpus(spec.data) if about.get("reads") else None
+    corpus = open_corpus(spec.data) if about.get("reads") or about.get("trains") else None
     if (
         about.get("trains")
         and corpus is not None
@@ -166,7 +166,7 @@ def _results(
         context=cell.context,
         contexts=contexts,
         train_context=spec.train_context,
-        documents=_documents(corpus, contexts, asdict(config), spec),
+        documents=_documents(corpus if about.get("reads") else None, contexts, asdict(config), spec),
         weights=str(facts["weights"]),
         smoke=spec.smoke,
         progress=_say,
