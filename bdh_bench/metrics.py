@@ -231,7 +231,7 @@ _TABLE = (
         "higher",
         "recall accuracy",
         "Share of questions for which the value of the asked key is the likeliest token.",
-        "ratio",
+        "share",
     ),
     Metric(
         "recall_stale_share",
@@ -239,7 +239,7 @@ _TABLE = (
         "lower",
         "stale answers",
         "Share of questions answered with a value that was overwritten since.",
-        "ratio",
+        "share",
     ),
     Metric(
         "induction_accuracy",
@@ -247,7 +247,7 @@ _TABLE = (
         "higher",
         "induction accuracy",
         "Share of texts in which the token that once followed the trigger is the likeliest after its return.",
-        "ratio",
+        "share",
     ),
     Metric(
         "copy_accuracy",
@@ -255,7 +255,7 @@ _TABLE = (
         "higher",
         "copied symbols",
         "Share of symbols of a text that are the likeliest when the text is to be repeated.",
-        "ratio",
+        "share",
     ),
     Metric(
         "copy_exact",
@@ -263,7 +263,7 @@ _TABLE = (
         "higher",
         "copied texts",
         "Share of texts that are repeated without a mistake.",
-        "ratio",
+        "share",
     ),
     Metric(
         "needle_accuracy",
@@ -271,7 +271,7 @@ _TABLE = (
         "higher",
         "needles found",
         "Share of prompts in which every digit of the hidden key is the likeliest byte given those before it.",
-        "ratio",
+        "share",
     ),
     Metric(
         "needle_rank_accuracy",
@@ -279,7 +279,7 @@ _TABLE = (
         "higher",
         "needles ranked first",
         "Share of prompts in which the hidden key is the likeliest of ten candidates; chance is 0.1.",
-        "ratio",
+        "share",
     ),
     Metric(
         "needle_bits_per_byte",

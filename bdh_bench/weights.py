@@ -45,6 +45,17 @@ class WeightsFile:
         return _digest(self.path, self.config_path, tuple(stamps))
 
 
+def named_digest(name: str) -> str:
+    """sha256 over the files of a published model's folder; of an ID, which names a revision, the ID alone."""
+    folder = Path(name).expanduser()
+    files = sorted(p for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    digest = hashlib.sha256(name.encode() if not files else b"")
+    for path in files:
+        stamp = path.stat()
+        digest.update(f"{path.name} {_digest(path, None, (stamp.st_mtime_ns, stamp.st_size))}\n".encode())
+    return digest.hexdigest()
+
+
 @cache
 def _digest(path: Path, config_path: Path | None, stamps: object) -> str:
     """Read once per process and version of the files: every cell of a run asks."""

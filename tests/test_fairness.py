@@ -112,6 +112,12 @@ def test_a_run_recorded_before_the_card_has_one_with_gaps(run: Run) -> None:
 
 def test_every_model_of_ours_says_what_kind_it_is() -> None:
     entries = [entry for entry in list_models() if entry.origin == "built in"]
-    assert {str(e.defaults.get("kind")) for e in entries} <= {"transformer", "recurrent", "control", "yardstick"}
+    assert {str(e.defaults.get("kind")) for e in entries} <= {
+        "transformer",
+        "recurrent",
+        "control",
+        "yardstick",
+        "checkpoint",
+    }
     assert all(entry.defaults.get("architecture") for entry in entries)
     assert {e.name for e in entries if e.defaults["kind"] == "transformer"} >= {"gpt2", "llama"}

@@ -20,7 +20,7 @@ from bdh_bench.errors import CheckpointError, SpecError, UnknownNameError
 from bdh_bench.models import bdh, mamba
 from bdh_bench.runner.plan import make_plan
 from bdh_bench.spec import RunSpec
-from bdh_bench.weights import inspect, read_weights
+from bdh_bench.weights import inspect, named_digest, read_weights
 
 _PUBLISHED = {
     "n_layer": 3, "n_embd": 16, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 256, "dropout": 0.1,
@@ -340,3 +340,13 @@ def test_option_types_are_read_from_real_annotations_too() -> None:
     module.Config = namespace["Config"]
     spec = loading.parse_model("theirs:width=5")
     assert loading.resolve(spec, module, None, 256).width == 5
+
+
+def test_a_named_folder_is_known_by_its_content(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = named_digest(str(tmp_path))
+    assert first == named_digest(f"{tmp_path}/")
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert named_digest(str(tmp_path)) != first
+    assert named_digest("owner/a") != named_digest("owner/b")

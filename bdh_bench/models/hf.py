@@ -32,7 +32,13 @@ from bdh_bench.models._hf_tokens import ByteSpans
 from bdh_bench.session import Memory, Streaming
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 0.0, "position_limit": "the checkpoint's", "needs_name": True}
+DEFAULTS = {
+    "learning_rate": 0.0,
+    "position_limit": "the checkpoint's",
+    "needs_name": True,
+    "kind": "checkpoint",
+    "architecture": "the checkpoint's own, see its config.json",
+}
 
 _WAYS = ("auto", *CACHED, "recompute")
 _MOST_BYTE_IDS = 384  # 256 bytes and the special tokens of byte models

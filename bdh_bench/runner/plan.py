@@ -24,7 +24,7 @@ from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.training.recipe import Recipe
 from bdh_bench.types import Cell
-from bdh_bench.weights import inspect
+from bdh_bench.weights import inspect, named_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -302,7 +302,9 @@ def _cell(
         inputs["weights"] = inspect(path).digest()
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
-    if facts.get("trains"):
+    if registry.find("models", model.family).defaults.get("needs_name"):
+        inputs["checkpoint"] = named_digest(model.name)
+    if facts.get("trains") or facts.get("practises"):
         inputs |= {"data": data_digest}
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
     if facts["outside"]:
