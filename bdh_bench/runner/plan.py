@@ -65,12 +65,14 @@ def cell_json(cell: Cell) -> dict[str, Any]:
     """A planned cell as it stands in run.json."""
     model, task = parse_model(cell.model), parse_model(cell.task)
     entry = registry.find("models", model.family)
-    sized = "" if model.family in ("toy", "hf") or entry.defaults.get("words") else (model.size or "quick")
+    kind = str(entry.defaults.get("kind", ""))  # "yardstick": read beside the models, never ranked among them
+    unsized = model.family in ("toy", "hf") or entry.defaults.get("words") or kind
     return {
         "key": cell.key,
         "model": cell.model,
         "family": model.family,
-        "size": sized,
+        "size": "" if unsized else (model.size or "quick"),
+        "kind": kind,
         "task": cell.task,
         "seed": cell.seed,
         "context": cell.context,
@@ -222,15 +224,21 @@ def _training_bytes(spec: RunSpec, documents: tuple[Document, ...]) -> NDArray[n
     """What a model without a position limit reads in training, in that order."""
     import numpy as np
 
+    return np.concatenate(list(training_rows(spec, documents, spec.seeds[0])))
+
+
+def training_rows(spec: RunSpec, documents: tuple[Document, ...], seed: int) -> Iterator[NDArray[np.uint8]]:
+    """The budget of training bytes in rows of consecutive bytes, as a model without a position limit reads them."""
     from bdh_bench.data.pieces import CarriedText, TrainingText
 
-    seed, length = spec.seeds[0], spec.train_context
-    rows = Recipe(spec.train_bytes, length, 0.0, seed).batch(length) if spec.regime == "carried" else 1
-    count = max(1, spec.train_bytes // (rows * length))
+    length = spec.train_context
+    recipe = Recipe(spec.train_bytes, length, 0.0, seed)
+    rows, steps = recipe.batch(length), recipe.steps(length)
     if spec.regime == "carried":
-        carried = islice(CarriedText(documents, rows, length).pieces(seed), count)
-        return np.concatenate([piece.targets.ravel() for piece in carried])
-    return np.concatenate(list(islice(TrainingText(documents, length).pieces(seed), count)))
+        for piece in islice(CarriedText(documents, rows, length).pieces(seed), steps):
+            yield from piece.targets
+    else:
+        yield from islice(TrainingText(documents, length).pieces(seed), rows * steps)
 
 
 def test_documents(corpus: Corpus, contexts: Sequence[int], config: dict[str, Any], most: int) -> tuple[Document, ...]:

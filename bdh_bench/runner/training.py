@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, open_corpus
 from bdh_bench.errors import SpecError
 from bdh_bench.loading import load_model
+from bdh_bench.measure.clock import now_s
 from bdh_bench.measure.host import native_bfloat16
+from bdh_bench.runner.plan import training_rows
+from bdh_bench.session import fingerprint
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.training.checkpoints import Checkpoint
 from bdh_bench.training.loop import train
 from bdh_bench.training.recipe import Recipe, check_regime, checkpoint_key
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 
@@ -25,6 +33,30 @@ def train_or_load(
     """Give ``model`` the weights that this request implies; return the training report with the checkpoint's folder."""
     recipe, key = _identity(model, model_spec, spec, seed, corpus)
     return train(model, recipe, corpus.part("train"), corpus.part("validation"), Checkpoint(key), progress)
+
+
+def fit(model: Any, spec: RunSpec, seed: int, corpus: Corpus) -> dict[str, Any]:
+    """Let a model that learns without gradient read the bytes that the others are trained on; return what it read."""
+    started, read = now_s(), hashlib.sha256()
+    count = 0
+
+    def rows() -> Iterator[NDArray[np.uint8]]:
+        nonlocal count
+        for row in training_rows(spec, corpus.part("train"), seed):
+            count += len(row)
+            read.update(row.tobytes())
+            yield row
+
+    model.fit(rows())
+    return {
+        "bytes": count,
+        "context": spec.train_context,
+        "regime": spec.regime,
+        "seed": seed,
+        "seconds": round(now_s() - started, 3),
+        "read_sha256": read.hexdigest(),
+        "sha256": fingerprint(model),
+    }
 
 
 def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
-    from bdh_bench.runner.training import train_or_load
+    from bdh_bench.runner.training import fit, train_or_load
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -143,15 +143,15 @@ def _results(
     facts |= _model_facts(model, model_spec)
     facts["threads"] = torch.get_num_threads()
     corpus = open_corpus(spec.data) if about.get("reads") else None
-    if (
-        about.get("trains")
-        and corpus is not None
-        and getattr(model, "trainable", True)
-        and not model_spec.option("weights")
-    ):
-        facts["training"] = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
-        facts["weights"] = "trained"
-        facts["checkpoint"] = facts["training"]["sha256"]
+    if about.get("trains") and corpus is not None and not model_spec.option("weights"):
+        if getattr(model, "trainable", True):
+            facts["training"] = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
+            facts["weights"] = "trained"
+            facts["checkpoint"] = facts["training"]["sha256"]
+        elif hasattr(model, "fit"):  # statistics of the training text, without gradient
+            facts["training"] = fit(model, spec, cell.seed, corpus)
+            facts["weights"] = "fitted"
+            facts["checkpoint"] = facts["training"]["sha256"]
     context = TaskContext(
         seed=cell.seed,
         context=cell.context,
