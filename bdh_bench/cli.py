@@ -33,13 +33,15 @@ app = typer.Typer(
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.", envvar="BDH_BENCH_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Data = Annotated[str, typer.Option("--data", help="stdlib, or path:DIR or path:FILE.")]
+Data = Annotated[str, typer.Option("--data", help="stdlib, path:DIR, path:FILE or hf:NAME.")]
 TrainBytes = Annotated[int, typer.Option("--train-bytes", help="Training budget in bytes.")]
 TrainContext = Annotated[int, typer.Option("--train-context", help="Bytes in one training piece.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; without it, what torch chooses.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
 Regime = Annotated[str, typer.Option("--regime", help="crop, or carried: the state goes on through a document.")]
+State = Annotated[str, typer.Option("--state", help="carry, or where a scored stream starts anew: cold, window.")]
+Pieces = Annotated[str, typer.Option("--split-documents", help="Cut longer documents into pieces, for example 200KiB.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
 _PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
@@ -59,6 +61,8 @@ def run(
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
     regime: Regime = "crop",
+    state: State = "carry",
+    split_documents: Pieces = "",
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -91,6 +95,8 @@ def run(
             learning_rate,
             documents,
             regime,
+            state,
+            split_documents,
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
 
@@ -121,8 +127,10 @@ def _request(
     learning_rate: float,
     documents: int,
     regime: str,
+    state: str = "carry",
+    split_documents: str = "",
 ) -> RunSpec:
-    from bdh_bench.spec import RunSpec, parse_contexts, parse_models, require_positive
+    from bdh_bench.spec import RunSpec, parse_bytes, parse_contexts, parse_models, require_positive
 
     if not models or not task:
         raise SpecError("--models and --task are needed", "for example --models bdh,gpt2,mamba --task long_ppl")
@@ -142,6 +150,8 @@ def _request(
         learning_rate=learning_rate,
         documents=documents,
         regime=regime,
+        state_protocol=state,
+        split_documents=parse_bytes(split_documents) if split_documents else 0,
     )
 
 
@@ -228,13 +238,15 @@ def train(
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
     regime: Regime = "crop",
+    split_documents: Pieces = "",
     json_: Json = False,
 ) -> None:
     """Train one model, or find its checkpoint; print where the weights are and what they score on validation text."""
     seeds = _seeds(None, seed)
     request = _request(
-        model, "long_ppl", data, "", train_bytes, train_context, seeds, device, threads, learning_rate, 10, regime
-    )
+        model, "long_ppl", data, "", train_bytes, train_context, seeds, device, threads, learning_rate, 10, regime,
+        split_documents=split_documents,
+    )  # fmt: skip
     if len(request.models) != 1:
         raise SpecError(f"got {len(request.models)} models · expected one")
     from bdh_bench.runner.training import train_model

@@ -30,6 +30,9 @@ SIZES: dict[str, int] = {
 }
 DEFAULT_SIZE = "quick"
 
+#: Where the state of a scored stream is emptied: at a document's end, every training context, before every stride.
+STATE_PROTOCOLS = ("carry", "cold", "window")
+
 _OPTION = re.compile(r":(?=[A-Za-z_][A-Za-z0-9_]*=)")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
 
@@ -119,6 +122,15 @@ def parse_models(text: str) -> tuple[ModelSpec, ...]:
     return tuple(specs)
 
 
+def parse_bytes(text: str) -> int:
+    """``204800``, ``200KiB``, ``1MiB``. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d+)\s*(|KiB|MiB|GiB)\s*", text)
+    if not found:
+        raise SpecError(f"got {text!r} · expected a number of bytes", "for example 204800, 200KiB or 1MiB")
+    factor: int = 1024 ** ("", "KiB", "MiB", "GiB").index(found[2])
+    return int(found[1]) * factor
+
+
 def parse_contexts(text: str) -> tuple[int, ...]:
     """``128-8192*2`` (from, to, factor) or ``128,512``; increasing, each at least 1. Raises SpecError."""
     wrong = SpecError(f"got contexts {text!r} · expected FROM-TO*FACTOR or a list", "for example 128-8192*2 or 128,512")
@@ -143,7 +155,8 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 class RunSpec:
     """Everything that determines the results of a run; its digest names the run's request.
 
-    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes.
+    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``state_protocol`` says where
+    the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never).
     """
 
     models: tuple[str, ...]
@@ -159,6 +172,8 @@ class RunSpec:
     documents: int = 10
     smoke: bool = False
     regime: str = "crop"
+    state_protocol: str = "carry"
+    split_documents: int = 0
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of this request."""
@@ -174,6 +189,8 @@ class RunSpec:
             if key not in cls.__dataclass_fields__:
                 raise UnknownNameError("run setting", key, cls.__dataclass_fields__)
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(fields.get("split_documents"), str):
+            fields["split_documents"] = parse_bytes(fields["split_documents"])
         return cls(**fields)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench.metrics import METRICS
 from bdh_bench.results import statistics
 from bdh_bench.results.display import GAP, interval, quantity
+from bdh_bench.results.reductions import derived_records
 from bdh_bench.results.store import Run
 from bdh_bench.types import MEASURED_STATUSES, Record, Scalar
 
@@ -64,9 +65,9 @@ FIELDS = tuple(field.name for field in fields(Point))
 
 
 def points_of(run: Run) -> tuple[Point, ...]:
-    """All points of a run in the order of its plan; points over seeds follow those of single seeds."""
+    """All points of a run in the order of its plan, those derived from stored arrays, and then points over seeds."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in run.records:
+    for record in (*run.records, *derived_records(run)):
         groups.setdefault(_identity(record), []).append(record)
     single = [_reduced(records) for records in groups.values()]
     if len({cell.seed for cell in run.cells}) < 2:

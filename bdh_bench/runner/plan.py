@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
-from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
+from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes, stream_bytes
 from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
+from bdh_bench.runner.texts import Texts
 from bdh_bench.sources import source_digest
-from bdh_bench.spec import ModelSpec, RunSpec, parse_model
+from bdh_bench.spec import STATE_PROTOCOLS, ModelSpec, RunSpec, parse_model
 from bdh_bench.training.recipe import Recipe, check_regime
 from bdh_bench.types import Cell
 from bdh_bench.weights import inspect
@@ -43,6 +44,7 @@ class Plan:
     corpus: dict[str, Any] | None
     references: tuple[dict[str, Any], ...]
     labels: tuple[str, ...]
+    texts: Texts | None = None
 
     def manifest(self, run_id: str, created: str, environment: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
@@ -93,7 +95,13 @@ def command_line(spec: RunSpec) -> str:
         parts += ["--seeds", str(len(spec.seeds))] if len(spec.seeds) > 1 else []
     else:
         parts += ["--seed", str(spec.seeds[0])]
-    for flag, name in (("--device", "device"), ("--threads", "threads"), ("--documents", "documents")):
+    for flag, name in (
+        ("--device", "device"),
+        ("--threads", "threads"),
+        ("--documents", "documents"),
+        ("--state", "state_protocol"),
+        ("--split-documents", "split_documents"),
+    ):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
     if spec.regime != plain.regime:
@@ -114,8 +122,10 @@ def make_plan(spec: RunSpec) -> Plan:
         _check_task(task)
     _check_device(spec.device)
     check_regime(spec.regime)
+    if spec.state_protocol not in STATE_PROTOCOLS:
+        raise UnknownNameError("state protocol", spec.state_protocol, STATE_PROTOCOLS)
     reading = [t for t in tasks if _facts(t).get("reads")]
-    corpus = open_corpus(spec.data) if reading else None
+    corpus = open_corpus(spec.data, spec.split_documents) if reading else None
     contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
     labels = list(corpus.labels) if corpus else []
     references: tuple[dict[str, Any], ...] = ()
@@ -124,7 +134,8 @@ def make_plan(spec: RunSpec) -> Plan:
         references, few = _references(spec, corpus, contexts[str(reading[0])], _config(reading[0]))
         labels += ["smoke"] if (spec.smoke or few) and "smoke" not in labels else []
     cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else ""))
-    return Plan(spec, cells, contexts, manifest, references, tuple(labels))
+    texts = _texts(spec, corpus, [(contexts[str(t)], _config(t)) for t in reading]) if corpus is not None else None
+    return Plan(spec, cells, contexts, manifest, references, tuple(labels), texts)
 
 
 def _facts(task: ModelSpec) -> dict[str, Any]:
@@ -186,7 +197,7 @@ def _contexts(task: ModelSpec, spec: RunSpec, corpus: Corpus | None) -> tuple[in
     block = int(config.get("block", 0))
     test = corpus.part("test")
     if spec.contexts:  # asked for: none is dropped silently
-        longest = max(len(d.content) for d in test)
+        longest = max(d.size for d in test)
         if needed_bytes(max(wanted), block) > longest:
             raise CorpusError(
                 f"a context of {max(wanted):,} needs a document of {needed_bytes(max(wanted), block):,} bytes · the longest test "
@@ -218,6 +229,17 @@ def _references(
     targets = choose_targets(corpus.part("test"), max(contexts), config["block"], config["blocks"], spec.documents)
     train = _training_bytes(spec, corpus.part("train"))
     return tuple(reference_lines(train, targets)), len(targets.documents) < _FULL_DOCUMENTS
+
+
+def _texts(spec: RunSpec, corpus: Corpus, asked: Sequence[tuple[tuple[int, ...], dict[str, Any]]]) -> Texts | None:
+    """The documents that any task scores as a stream, and how much of them; None where no task does."""
+    streams = [(own, config) for own, config in asked if "stream_bytes" in config]
+    if not streams:
+        return None
+    chosen = {d.name: d for own, config in streams for d in test_documents(corpus, own, config, spec.documents)}
+    lengths = [stream_bytes(config["stream_bytes"], spec.train_context) for _, config in streams]
+    scored = tuple(chosen[name] for name in sorted(chosen))
+    return Texts(scored, corpus.part("train"), max(lengths))
 
 
 def _training_bytes(spec: RunSpec, documents: tuple[Document, ...]) -> NDArray[np.uint8]:
@@ -289,7 +311,7 @@ def _cell(
     if path := model.option("weights"):
         inputs["weights"] = inspect(path).digest()
     if facts.get("reads"):
-        inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
+        inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents, "state": spec.state_protocol}
     if facts.get("trains"):
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()

@@ -68,7 +68,7 @@ def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     check_regime(spec.regime)
     model_spec = parse_model(spec.models[0])
     registry.check(model_spec)
-    corpus = open_corpus(spec.data)
+    corpus = open_corpus(spec.data, spec.split_documents)
     model = load_model(model_spec, device=spec.device, seed=spec.seeds[0], train_context=spec.train_context)
     if not getattr(model, "trainable", True):
         raise SpecError(f"{str(model_spec)!r} has nothing to learn", "choose a model that is trained")

@@ -142,7 +142,7 @@ def _results(
     model = load_model(model_spec, device=spec.device, seed=cell.seed, train_context=spec.train_context)
     facts |= _model_facts(model, model_spec)
     facts["threads"] = torch.get_num_threads()
-    corpus = open_corpus(spec.data) if about.get("reads") else None
+    corpus = open_corpus(spec.data, spec.split_documents) if about.get("reads") else None
     if about.get("trains") and corpus is not None and not model_spec.option("weights"):
         if getattr(model, "trainable", True):
             facts["training"] = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
@@ -161,6 +161,7 @@ def _results(
         weights=str(facts["weights"]),
         smoke=spec.smoke,
         progress=_say,
+        state_protocol=spec.state_protocol,
     )
     evaluated = now_s()
     yield from task.run(model, config, context)
