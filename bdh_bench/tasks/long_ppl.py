@@ -163,10 +163,7 @@ def _boundary(model: Any, targets: Targets, texts: list[bytes], context: TaskCon
     name, metric_id = "boundary_bits_per_byte", "bpb@boundary,state=carry"
     for index, (document, content) in enumerate(zip(targets.documents, texts, strict=True)):
         context.progress("boundary", index / len(texts), {})
-        limit = model.max_positions
         try:
-            if limit is not None and 2 * len(content) + 1 > limit:
-                raise PositionLimitError(f"two texts of {len(content):,} bytes need more than its {limit:,} positions")
             alone = score_document(model, content)
             after = score_following(model, texts[index - 1], content)
         except PositionLimitError as error:
