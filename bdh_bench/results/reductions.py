@@ -164,25 +164,24 @@ def _weighed(made: Record, document: str, bits: NDArray[np.float64]) -> Iterator
 
 def recall(stream: Stream, classes: dict[str, NDArray[np.int32]], plain: Record) -> Iterator[Record]:
     """One record per document and slice, for documents whose classes are stored."""
-    import numpy as np
-
-    for document, bits, start in zip(stream.documents, stream.bits, stream.starts, strict=True):
-        if document not in classes:
-            continue
-        own = classes[document][start : start + len(bits)]
-        bits = bits[: len(own)]
-        slices: list[tuple[str, Any]] = [("conflict", own == _CONFLICT), ("novel", own == _NOVEL)]
-        for power in range(int(own.max(initial=0)).bit_length()):
-            low, high = 1 << power, 2 << power
-            slices.append((f"recall,d=[{low},{high})", (own >= low) & (own < high)))
-        for name, chosen in slices:
-            made = replace(
-                plain,
-                metric="recall_bits_per_byte",
-                metric_id=f"bpb@{name}{stream.protocol}",
-                axes={"slice": name},
-            )
-            yield from _weighed(made, document, bits[np.asarray(chosen)])
+    known = [
+        (document, bits, classes[document][start : start + len(bits)])
+        for document, bits, start in zip(stream.documents, stream.bits, stream.starts, strict=True)
+        if document in classes
+    ]
+    farthest = max((int(own.max(initial=0)) for _, _, own in known), default=0)
+    slices = [
+        (f"recall,d=[{1 << power},{2 << power})", 1 << power, 2 << power) for power in range(farthest.bit_length())
+    ]
+    for name, low, high in (*slices, ("conflict", _CONFLICT, _CONFLICT + 1), ("novel", _NOVEL, _NOVEL + 1)):
+        made = replace(
+            plain,
+            metric="recall_bits_per_byte",
+            metric_id=f"bpb@{name}{stream.protocol}",
+            axes={"slice": name},
+        )
+        for document, bits, own in known:
+            yield from _weighed(made, document, bits[: len(own)][(low <= own) & (own < high)])
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------

@@ -271,7 +271,10 @@ def _value_table(id_: str, task: str, metric: str, group: Sequence[Point]) -> Ta
     body = tuple(
         (Entry(name), *(_entry(by_context.get(context)) for context in contexts)) for name, by_context in rows.items()
     )
-    columns = ("model", *(f"c = {context:,}" if context else "any c" for context in contexts))
+    begins = len(contexts) > 1 and any(
+        p.context == 0 and p.value is not None for p in group
+    )  # 0 is a context among others
+    columns = ("model", *(f"c = {context:,}" if context or begins else "any c" for context in contexts))
     label = known.label if known else metric
     return Table(id_, f"{task}: {label}", known.meaning if known else "", columns, body)
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdh_bench.errors import LawError, PositionLimitError
+from bdh_bench.types import Encoding
 
 PIECE = 512  # tokens per extend: bounds what is held, changes no score
 
@@ -116,17 +117,6 @@ class Reading:
             return f"bpb@stream,state=cold,block={self.stride}"
         return f"bpb@window={self.before + self.stride},stride={self.stride}"
 
-    def segments(self, starts: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
-        """(first token read, first token scored, end) of each stretch from one empty state, for tokens that begin at ``starts``."""
-        if not self.stride:
-            yield 0, 0, len(starts)
-            return
-        block = starts // self.stride
-        edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(starts)]
-        for first, last in pairwise(edges):
-            read = int(np.searchsorted(starts, int(block[first]) * self.stride - self.before)) if self.before else first
-            yield min(read, first), first, last
-
 
 CARRY = Reading()
 
@@ -140,8 +130,7 @@ def score_stream(model: Any, content: bytes, reading: Reading = CARRY) -> Iterat
     """
     encoding = model.tokenizer.encode(content) if model.tokenizer is not None else None
     ids = np.frombuffer(content, dtype=np.uint8) if encoding is None else encoding.ids
-    starts = np.arange(len(ids)) if encoding is None else np.concatenate(([0], encoding.ends[:-1]))
-    segments = list(reading.segments(starts)) if len(ids) else []
+    segments = list(_segments(ids, encoding, reading)) if len(ids) else []
     skipped = int(model.start_symbol is None)  # a model without start symbol starts from a token of the text
     limit, longest = model.max_positions, max((last - max(read, skipped) for read, _, last in segments), default=0)
     if limit is not None and longest > limit:
@@ -156,19 +145,37 @@ def score_stream(model: Any, content: bytes, reading: Reading = CARRY) -> Iterat
                 yield Units(scored, encoding.ends[a:b], int(encoding.ends[a - 1]) if a else 0)
 
 
+def _segments(ids: NDArray[Any], encoding: Encoding | None, reading: Reading) -> Iterator[tuple[int, int, int]]:
+    """(first token read, first token scored, end) of each stretch that begins with an empty state."""
+    if not reading.stride:
+        yield 0, 0, len(ids)
+        return
+    starts = np.arange(len(ids)) if encoding is None else np.concatenate(([0], encoding.ends[:-1]))
+    block = starts // reading.stride
+    edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(starts)]
+    for first, last in pairwise(edges):
+        reach = int(block[first]) * reading.stride - reading.before
+        yield min(int(np.searchsorted(starts, reach)), first) if reading.before else first, first, last
+
+
 def _score_segment(
     model: Any, session: Any, ids: NDArray[Any], segment: tuple[int, int, int]
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """(number of the first token, bits) of the scored tokens of a segment, read by ``session`` on from what it knows."""
     read, first, last = segment
     device = _device(model)
-    before = [model.start_symbol] if model.start_symbol is not None else ids[read - 1 : read]
-    known = np.concatenate((before, ids[read : last - 1])).astype(np.int64)  # known[i] is read before token read + i
-    for a in range(0, first - read, PIECE):
-        session.extend(torch.from_numpy(known[a : min(a + PIECE, first - read)])[None].to(device), keep="last")
+
+    def known(a: int, b: int) -> Tensor:
+        """What is read before each of the tokens a … b − 1, (1, b − a)."""
+        starts = a == read and model.start_symbol is not None
+        before = np.array([model.start_symbol]) if starts else ids[a - 1 : a]
+        return torch.from_numpy(np.concatenate((before, ids[a : b - 1])).astype(np.int64))[None].to(device)
+
+    for a in range(read, first, PIECE):
+        session.extend(known(a, min(a + PIECE, first)), keep="last")
     for a in range(first, last, PIECE):
         b = min(a + PIECE, last)
-        logits = session.extend(torch.from_numpy(known[a - read : b - read])[None].to(device), keep="all")
+        logits = session.extend(known(a, b), keep="all")
         yield a, bits(logits, torch.from_numpy(ids[a:b].astype(np.int64))[None].to(device))[0]
 
 
