@@ -73,3 +73,10 @@ def test_repeated_blocks_are_recalled_at_their_period() -> None:
     assert classes[:12].tolist() == [EXCLUDED] * 12
     assert classes[12:76].tolist() == [NOVEL] * 64
     assert classes[76:].tolist() == [64] * (64 * 4 - 12)
+
+
+@pytest.mark.parametrize(("times", "kind"), [(100, 1), (101, EXCLUDED)])
+def test_keys_are_excluded_from_the_101st_time_on(times: int, kind: int) -> None:
+    training = b"a" * (12 + times - 1)  # the key "a" · 12 occurs ``times`` times
+    (classes,) = match_classes([_array(b"a" * 14)], [_array(training[:60]), _array(training[49:])])
+    assert classes[13] == kind
