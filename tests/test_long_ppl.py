@@ -349,6 +349,8 @@ def test_the_boundary_probe_is_the_cost_of_not_emptying_the_state(books: Path) -
         expected = float((joined - _truth(model, b"", text)).mean())
         assert rows[index].value == pytest.approx(expected, abs=2e-6)
         assert np.abs(score_following(model, texts[index - 1][1], text) - joined).max() < 1e-3
+    long = context.documents[0].content[:1300]  # longer than what is read at a time
+    assert np.abs(score_following(model, long, text) - _truth(model, long + b"\n", text)).max() < 1e-3
     uniform = list(long_ppl.run(load_model("toy:uniform"), long_ppl.Config(boundary=1), context))
     assert {r.value for r in _rows(uniform, "boundary_bits_per_byte")} == {0.0}
     short = list(long_ppl.run(load_model("gpt2"), long_ppl.Config(stream_bytes=300, boundary=1), context))
