@@ -18,12 +18,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from bdh_bench.errors import CorpusError, UnknownNameError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -52,6 +53,8 @@ class Document:
     @cached_property
     def data(self) -> NDArray[np.uint8]:
         """The raw bytes, read-only; those of a long file are mapped and stay on disk until they are used. Raises CorpusError."""
+        import numpy as np  # here, so that a listing starts without it
+
         stop = self.start + self.size
         if self._file_size() >= _MAPPED:
             with suppress(OSError):  # no file handle is left: read instead

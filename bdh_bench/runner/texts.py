@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bdh_bench.data.corpus import Document
-from bdh_bench.data.windows import match_classes, shared_shares
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +29,16 @@ class Texts:
 
     def overlap(self) -> dict[str, float]:
         """By document, the share of its 50-byte windows that the training text has too."""
+        from bdh_bench.data.windows import shared_shares
+
         shares = shared_shares([document.data for document in self.scored], self._trained())
         return {document.name: round(share, 6) for document, share in zip(self.scored, shares, strict=True)}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Names of the scored documents and the classes (int32) of every byte of their streams."""
         import numpy as np
+
+        from bdh_bench.data.windows import match_classes
 
         classes = match_classes([document.data[: self.length] for document in self.scored], self._trained())
         names = np.array([document.name for document in self.scored])
