@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
 
-.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training docs-hf clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -38,13 +38,19 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 sweep: $(VENV)/.user
-	$(BIN)/python benchmarks/learning_rate_sweep.py
+	$(BIN)/bdh-bench sweep bdh,gpt2,llama,mamba
 
 bench-engine: $(VENV)/.user
 	$(BIN)/python benchmarks/engine.py --trained
 
 bench-cache: $(VENV)/.user
 	$(BIN)/python benchmarks/cache_decode.py
+
+bench-training: $(VENV)/.user
+	$(BIN)/python benchmarks/training_step.py
+
+docs-hf: $(VENV)/.dev
+	$(BIN)/python docs/generate_hf_models.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -39,7 +39,12 @@ TrainContext = Annotated[int, typer.Option("--train-context", help="Bytes in one
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 Threads = Annotated[int, typer.Option("--threads", help="Threads of a worker; without it, what torch chooses.")]
 Rate = Annotated[float, typer.Option("--learning-rate", help="For every model; without it, each family's own.")]
-Regime = Annotated[str, typer.Option("--regime", help="crop, or carried: the state goes on through a document.")]
+Regime = Annotated[str, typer.Option("--regime", help="crop, carried (the state goes on) or crop+carried.")]
+Match = Annotated[str, typer.Option("--match", help="What is equal: params, bytes, flops, wallclock or state.")]
+TrainSeconds = Annotated[float, typer.Option("--train-seconds", help="Training time of each model, with wallclock.")]
+Margin = Annotated[
+    float, typer.Option("--equivalence-margin", help="Bits per byte below which two models count as equal.")
+]
 State = Annotated[str, typer.Option("--state", help="carry, or where a scored stream starts anew: cold, window.")]
 Pieces = Annotated[str, typer.Option("--split-documents", help="Cut longer documents into pieces, for example 200KiB.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
@@ -63,6 +68,9 @@ def run(
     regime: Regime = "crop",
     state: State = "carry",
     split_documents: Pieces = "",
+    match: Match = "params",
+    train_seconds: TrainSeconds = 0.0,
+    equivalence_margin: Margin = 0.02,
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -85,18 +93,21 @@ def run(
         request = _request(
             models,
             task,
-            data,
             contexts,
-            train_bytes,
-            train_context,
-            _seeds(seeds, seed),
-            device,
-            threads,
-            learning_rate,
-            documents,
-            regime,
-            state,
-            split_documents,
+            data=data,
+            train_bytes=train_bytes,
+            train_context=train_context,
+            seeds=_seeds(seeds, seed),
+            device=device,
+            threads=threads,
+            learning_rate=learning_rate,
+            documents=documents,
+            regime=regime,
+            match=match,
+            train_seconds=train_seconds,
+            equivalence_margin=equivalence_margin,
+            state_protocol=state,
+            split_documents=_bytes(split_documents),
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
 
@@ -114,45 +125,31 @@ def _seeds(count: int | None, one: int | None) -> tuple[int, ...]:
     return tuple(range(count or 1))
 
 
-def _request(
-    models: str,
-    task: str,
-    data: str,
-    contexts: str,
-    train_bytes: int,
-    train_context: int,
-    seeds: tuple[int, ...],
-    device: str,
-    threads: int,
-    learning_rate: float,
-    documents: int,
-    regime: str,
-    state: str = "carry",
-    split_documents: str = "",
-) -> RunSpec:
-    from bdh_bench.spec import RunSpec, parse_bytes, parse_contexts, parse_models, require_positive
+def _bytes(text: str) -> int:
+    """A size in bytes; 0 where none was given."""
+    from bdh_bench.spec import parse_bytes
+
+    return parse_bytes(text) if text else 0
+
+
+def _request(models: str, task: str, contexts: str = "", **settings: Any) -> RunSpec:
+    """The request of these flags; ``settings`` are fields of RunSpec. Raises SpecError for numbers that make no sense."""
+    from bdh_bench.registry import list_tasks
+    from bdh_bench.spec import RunSpec, parse_contexts, parse_models, parse_tasks, require_positive
 
     if not models or not task:
         raise SpecError("--models and --task are needed", "for example --models bdh,gpt2,mamba --task long_ppl")
-    require_positive(train_bytes=train_bytes, train_context=train_context, documents=documents)
-    if threads < 0 or learning_rate < 0:
-        raise SpecError(f"got --threads {threads} --learning-rate {learning_rate} · expected no negative number")
-    return RunSpec(
+    request = RunSpec(
         models=tuple(str(m) for m in parse_models(models)),
-        tasks=tuple(str(t) for t in parse_models(task)),
-        data=data,
+        tasks=tuple(str(t) for t in parse_tasks(task, {entry.name for entry in list_tasks()})),
         contexts=parse_contexts(contexts) if contexts else (),
-        train_bytes=train_bytes,
-        train_context=train_context,
-        seeds=seeds,
-        device=device,
-        threads=threads,
-        learning_rate=learning_rate,
-        documents=documents,
-        regime=regime,
-        state_protocol=state,
-        split_documents=parse_bytes(split_documents) if split_documents else 0,
+        **settings,
     )
+    require_positive(**{name: getattr(request, name) for name in ("train_bytes", "train_context", "documents")})
+    for name in ("threads", "learning_rate", "train_seconds"):
+        if getattr(request, name) < 0:
+            raise SpecError(f"got --{name.replace('_', '-')} {getattr(request, name)} · expected no negative number")
+    return request
 
 
 def _smoke(request: RunSpec) -> RunSpec:
@@ -242,11 +239,19 @@ def train(
     json_: Json = False,
 ) -> None:
     """Train one model, or find its checkpoint; print where the weights are and what they score on validation text."""
-    seeds = _seeds(None, seed)
     request = _request(
-        model, "long_ppl", data, "", train_bytes, train_context, seeds, device, threads, learning_rate, 10, regime,
-        split_documents=split_documents,
-    )  # fmt: skip
+        model,
+        "long_ppl",
+        data=data,
+        train_bytes=train_bytes,
+        train_context=train_context,
+        seeds=_seeds(None, seed),
+        device=device,
+        threads=threads,
+        learning_rate=learning_rate,
+        regime=regime,
+        split_documents=_bytes(split_documents),
+    )
     if len(request.models) != 1:
         raise SpecError(f"got {len(request.models)} models · expected one")
     from bdh_bench.runner.training import train_model
@@ -265,6 +270,56 @@ def train(
         _say(
             f"{done['model']}: {how}, {done['parameters']:,} parameters, {done['bytes']:,} bytes ({done['regime']}) at "
             f"rate {done['learning_rate']:g}, {done['validation_bits_per_byte']} bits per byte on validation text"
+        )
+
+
+@app.command()
+def sweep(
+    models: Annotated[str, typer.Argument(help="NAME[@SIZE][:key=value]…, comma-separated.")],
+    rates: Annotated[str, typer.Option("--rates", help="At least four learning rates.")] = "1e-3,2e-3,4e-3,8e-3",
+    data: Data = "stdlib",
+    train_bytes: TrainBytes = 524_288,
+    train_context: TrainContext = _PLAIN_CONTEXT,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    regime: Regime = "crop",
+    output: Annotated[Path | None, typer.Option("--output", help="A CSV file for every trial.")] = None,
+    json_: Json = False,
+) -> None:
+    """Choose each family's learning rate on validation text; a best rate on the edge extends the grid."""
+    from bdh_bench.runner import sweep as sweeping
+
+    try:
+        grid = sweeping.check_grid([float(rate) for rate in rates.split(",")])
+    except ValueError:
+        raise SpecError(f"got --rates {rates} · expected numbers separated by commas") from None
+    request = _request(
+        models,
+        "long_ppl",
+        data=data,
+        train_bytes=train_bytes,
+        train_context=train_context,
+        device=device,
+        threads=threads,
+        regime=regime,
+    )
+    trials = []
+    for trial in sweeping.sweep(request, grid):
+        trials.append(trial)
+        _say(f"{trial.model} at {trial.learning_rate:g}: {trial.bits:.4f} bits per byte, {trial.seconds:.0f} s")
+    chosen = sweeping.choices(trials)
+    if output is not None:
+        from bdh_bench.results.store import write_atomically
+
+        write_atomically(output, sweeping.as_csv(trials))
+    if json_:
+        _print_json("sweep", "ok", {"chosen": chosen, "trials": sweeping.as_rows(trials)})
+        return
+    for choice in chosen:
+        edge = " (on the edge of the grid)" if choice["on_edge"] else ""
+        typer.echo(
+            f"{choice['model']}  {choice['learning_rate']:g}  {choice['best']:.4f} bits per byte, "
+            f"median of {choice['trials']} trials {choice['median']:.4f}{edge}"
         )
 
 
@@ -475,11 +530,11 @@ def show(
             raise UnknownNameError("cell", cell, [c.key[:12] for c in stored.cells])
         typer.echo(json.dumps(asdict(found[0]), indent=1, sort_keys=True, default=str))
     elif json_:
+        from bdh_bench.results.assessment import assess
         from bdh_bench.results.export import points_as_json
 
-        _print_json(
-            "show", "ok", {"run": stored.id, "points": points_as_json(stored), "problems": list(stored.problems)}
-        )
+        data = {"run": stored.id, "points": points_as_json(stored), "assessment": assess(stored).as_json()}
+        _print_json("show", "ok", data | {"problems": list(stored.problems)})
     else:
         _print_run(stored)
 
@@ -489,21 +544,27 @@ def export(
     run: RunName = None,
     format_: Annotated[str, typer.Option("--format", help="json, jsonl, csv, md or latex.")] = "json",
     raw: Annotated[bool, typer.Option("--raw", help="Every measurement instead of one row per point.")] = False,
+    assessment: Annotated[
+        bool, typer.Option("--assessment", help="Verdicts, reasons and the fairness card instead, as one JSON object.")
+    ] = False,
     runs: Runs = Path("runs"),
     output: Annotated[Path | None, typer.Option("--output", help="A file instead of stdout.")] = None,
     json_: Json = False,
 ) -> None:
     """Every point of a run, for other programs."""
+    from bdh_bench.results.export import assessment as assessment_text
     from bdh_bench.results.export import export as export_text
 
+    if assessment and (raw or format_ != "json"):
+        raise SpecError("got --assessment with --raw or another --format · expected --assessment alone, which is JSON")
     stored = _open(runs, run)
-    text = export_text(stored, format_, raw)
+    text = assessment_text(stored) if assessment else export_text(stored, format_, raw)
     if output is not None:
         from bdh_bench.results.store import write_atomically
 
         write_atomically(output, text)
     if json_:
-        rows = json.loads(export_text(stored, "json", raw))
+        rows = json.loads(text if assessment else export_text(stored, "json", raw))
         _print_json("export", "ok", {"run": stored.id, "rows": rows, "output": str(output) if output else None})
     elif output is None:
         typer.echo(text, nl=not text.endswith("\n"))

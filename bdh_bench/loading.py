@@ -65,6 +65,9 @@ def resolve(
     pinned = {**(stated or {}), **_parse_options(spec, module)}
     if spec.name:
         pinned["name"] = spec.name
+    takes_revision = "revision" in module.Config.__dataclass_fields__
+    if takes_revision and spec.size:  # what follows the @ of a published model
+        pinned["revision"] = spec.size
     if tensors is not None and hasattr(module, "config_from_weights"):
         try:
             return module.config_from_weights(tensors, pinned)
@@ -80,7 +83,7 @@ def resolve(
         pinned["max_positions"] = train_context + 128  # 0 means: the training context and one target block beyond it
     if hasattr(module, "scaled") and not stated:
         config = sizing.solve(module, spec.size or DEFAULT_SIZE, pinned, explicit=bool(spec.size))
-    elif spec.size and not stated:
+    elif spec.size and not (stated or takes_revision):
         raise SpecError(f"{spec.family} has no sizes · got @{spec.size}", f"write {spec.family} without a size")
     else:
         config = module.Config(**pinned)
@@ -120,9 +123,7 @@ def _stated(module: ModuleType, file: WeightsFile | None) -> dict[str, Any]:
 def _parse_options(spec: ModelSpec, module: ModuleType) -> dict[str, Any]:
     types = {f.name: _type_name(f) for f in fields(module.Config)}
     values: dict[str, Any] = {}
-    for key, text in spec.options:
-        if key == "weights":
-            continue
+    for key, text in spec.architecture().options:
         try:
             values[key] = _PARSERS[types[key]](text)
         except (KeyError, ValueError):

@@ -4,6 +4,7 @@ Command line help, the report and the documentation are generated from this tabl
 prefixes belong to the view. ``reduction`` says how the raw measurements of one point are reduced:
 
 * ``ratio``   Σ value·weight / Σ weight over samples (documents); the interval resamples samples,
+* ``share``   the same sum over trials that succeeded (1) or failed (0), each independent, ``weight`` of them; Wilson's interval,
 * ``median``  the median over repeats (windows); an interval needs at least three rounds,
 * ``exact``   an integer that every repeat must agree on; no interval.
 """
@@ -25,7 +26,7 @@ class Metric:
     better: Literal["lower", "higher", "neither"]
     label: str
     meaning: str
-    reduction: Literal["ratio", "median", "exact"]
+    reduction: Literal["ratio", "share", "median", "exact"]
 
 
 _TABLE = (
@@ -202,12 +203,141 @@ _TABLE = (
         "ratio",
     ),
     Metric(
+        "lm_eval_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per byte (lm-eval)",
+        "Negative log2-likelihood of the documents of an lm-eval task over their UTF-8 bytes, a ratio of sums; comparable only within one "
+        "task, version and windowing.",
+        "ratio",
+    ),
+    Metric(
+        "lm_eval_accuracy",
+        "share",
+        "higher",
+        "accuracy (lm-eval)",
+        "Share of documents on which the right answer has the largest log-likelihood (or is the greedy one); lm-eval's acc.",
+        "ratio",
+    ),
+    Metric(
+        "lm_eval_accuracy_norm",
+        "share",
+        "higher",
+        "accuracy per character (lm-eval)",
+        "Share of documents on which the right answer has the largest log-likelihood per character; lm-eval's acc_norm.",
+        "ratio",
+    ),
+    Metric(
+        "lm_eval_accuracy_bytes",
+        "share",
+        "higher",
+        "accuracy per byte (lm-eval)",
+        "Share of documents on which the right answer has the largest log-likelihood per byte; lm-eval's acc_bytes.",
+        "ratio",
+    ),
+    Metric(
+        "lm_eval_exact_match",
+        "share",
+        "higher",
+        "exact match (lm-eval)",
+        "Share of documents whose greedily written answer is the wanted one; lm-eval's exact_match.",
+        "ratio",
+    ),
+    Metric(
+        "lm_eval_target_bits",
+        "bit",
+        "lower",
+        "bits of the answer (lm-eval)",
+        "Mean negative log2-likelihood of the wanted continuation; lm-eval prints its exponential as perplexity.",
+        "ratio",
+    ),
+    Metric(
+        "lm_eval_score",
+        "1",
+        "neither",
+        "score (lm-eval)",
+        "The mean over documents of another metric of an lm-eval task, named on the axis lm_eval_metric.",
+        "ratio",
+    ),
+    Metric(
         "row_density",
         "share",
         "neither",
         "active rows of the memory",
         "Share of rows of the memory that the last measured token touched, by pass; decides between sparse and dense decoding.",
         "median",
+    ),
+    Metric(
+        "recall_accuracy",
+        "share",
+        "higher",
+        "recall accuracy",
+        "Share of questions for which the value of the asked key is the likeliest token.",
+        "ratio",
+    ),
+    Metric(
+        "recall_stale_share",
+        "share",
+        "lower",
+        "stale answers",
+        "Share of questions answered with a value that was overwritten since.",
+        "ratio",
+    ),
+    Metric(
+        "induction_accuracy",
+        "share",
+        "higher",
+        "induction accuracy",
+        "Share of texts in which the token that once followed the trigger is the likeliest after its return.",
+        "ratio",
+    ),
+    Metric(
+        "copy_accuracy",
+        "share",
+        "higher",
+        "copied symbols",
+        "Share of symbols of a text that are the likeliest when the text is to be repeated.",
+        "ratio",
+    ),
+    Metric(
+        "copy_exact",
+        "share",
+        "higher",
+        "copied texts",
+        "Share of texts that are repeated without a mistake.",
+        "ratio",
+    ),
+    Metric(
+        "needle_accuracy",
+        "share",
+        "higher",
+        "needles found",
+        "Share of prompts in which every digit of the hidden key is the likeliest byte given those before it.",
+        "ratio",
+    ),
+    Metric(
+        "needle_rank_accuracy",
+        "share",
+        "higher",
+        "needles ranked first",
+        "Share of prompts in which the hidden key is the likeliest of ten candidates; chance is 0.1.",
+        "ratio",
+    ),
+    Metric(
+        "needle_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per digit of the needle",
+        "Mean negative log2-likelihood of the digits of the hidden key.",
+        "ratio",
+    ),
+    Metric(
+        "repeat_gain_bits_per_byte",
+        "bit/byte",
+        "higher",
+        "gain from having read a passage before",
+        "Bits per byte of a passage at its first reading minus those at its second, after a gap.",
+        "ratio",
     ),
 )
 

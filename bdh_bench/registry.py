@@ -11,7 +11,8 @@ that ``list``, ``--help`` and the checks before a run start without torch. A mod
     Config           frozen dataclass; its fields are the options, their defaults the defaults
     scaled(target)   candidates for a parameter target, as Configs (see sizing.py)
     Model(config)    nn.Module + Streaming
-    DEFAULTS         literal dictionary: learning_rate, position_limit
+    DEFAULTS         literal dictionary: learning_rate, position_limit, kind (transformer, recurrent, control, or yardstick for a
+                     model without learning), architecture (a few words: norms, gating, positions, what is not in other models)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 
 from bdh_bench.errors import BenchError, PluginError, SpecError, UnknownNameError
 from bdh_bench.sources import source_path
-from bdh_bench.spec import ModelSpec, is_family
+from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family
 
 _PACKAGE = Path(__file__).parent
 BUILT_IN = "built in"
@@ -134,9 +135,33 @@ def check(spec: ModelSpec) -> Entry:
     if words and spec.name not in words:
         raise UnknownNameError(f"{spec.family} model", spec.name, words)
     for key, _ in spec.options:
-        if key not in entry.options and key != "weights":
-            raise UnknownNameError(f"option of {spec.family}", key, [*entry.options, "weights"])
+        if key not in entry.options and key not in WEIGHT_OPTIONS:
+            raise UnknownNameError(f"option of {spec.family}", key, [*entry.options, *WEIGHT_OPTIONS])
     return entry
+
+
+def task_values(spec: ModelSpec) -> dict[str, Any]:
+    """What a task's name says of its ``Config``: the word behind its name, and its options by the type of their defaults.
+
+    Raises UnknownNameError for an option that does not exist, SpecError for a value that is none.
+    """
+    entry = find("tasks", spec.family)
+    field_of_word = entry.defaults.get("word", "")
+    if spec.size or bool(spec.name) != bool(field_of_word):
+        wanted = f"{spec.family}:{field_of_word.upper()}[:key=value]" if field_of_word else "NAME[:key=value]"
+        raise SpecError(f"got task {str(spec)!r} · expected {wanted}")
+    values: dict[str, Any] = {field_of_word: spec.name} if field_of_word else {}
+    options = {name: default for name, default in entry.options.items() if name != field_of_word}
+    for key, text in spec.options:
+        if key not in options:
+            raise UnknownNameError(f"option of task {spec.family}", key, options)
+        if isinstance(options[key], str):
+            values[key] = text
+        elif text.isascii() and text.isdigit() and int(text) >= 1:
+            values[key] = int(text)
+        else:
+            raise SpecError(f"got {key}={text} for task {spec.family} · expected a whole number of at least 1")
+    return values
 
 
 @cache

@@ -2,6 +2,12 @@
 
 Model grammar: ``NAME[@SIZE][:key=value]…``, comma-separated. NAME is a family, ``toy:``word, or ``hf:``rest up to the next
 ``:key=`` (there ``@`` is the revision). Values with ``:`` or ``,`` may be double-quoted; commas split outside quotes only.
+
+Keys are options of the family, and for every family ``weights``, ``regime`` and ``learning_rate``: where the weights come from. They
+are no part of the architecture.
+
+Tasks follow the same grammar without a size. ``lm_eval:``NAME takes a word too, and more of them: what follows it and is no task of
+bdh-bench is one more name, ``lm_eval:a,b,memory`` is lm_eval:"a,b" and memory. Quotes decide where a name is the name of both.
 """
 
 from __future__ import annotations
@@ -9,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +35,11 @@ SIZES: dict[str, int] = {
     "1b": 1_000_000_000,
 }
 DEFAULT_SIZE = "quick"
+#: What takes a word behind its name.
+_WORDED = ("toy", "hf", "lm_eval")
+
+#: Options of every family: where weights come from.
+WEIGHT_OPTIONS = ("weights", "regime", "learning_rate")
 
 #: Where the state of a scored stream is emptied: at a document's end, every training context, before every stride.
 STATE_PROTOCOLS = ("carry", "cold", "window")
@@ -48,13 +59,18 @@ class ModelSpec:
 
     def __str__(self) -> str:
         """Canonical form: options sorted, the default size left out, values quoted only where needed."""
-        head = f"{self.family}:{self.name}" if self.name else self.family
+        name = f'"{self.name}"' if "," in self.name else self.name
+        head = f"{self.family}:{name}" if name else self.family
         size = f"@{self.size}" if self.size and (self.size != DEFAULT_SIZE or self.family == "hf") else ""
         return head + size + "".join(f":{key}={_quote(value)}" for key, value in sorted(self.options))
 
     def option(self, key: str) -> str | None:
         """The text given for option ``key``, or None."""
         return dict(self.options).get(key)
+
+    def architecture(self) -> ModelSpec:
+        """The same model without the options that say where its weights come from."""
+        return replace(self, options=tuple(o for o in self.options if o[0] not in WEIGHT_OPTIONS))
 
 
 def is_family(name: str) -> bool:
@@ -94,14 +110,14 @@ def parse_model(text: str) -> ModelSpec:
     if family == "hf":
         name = stem
     elif colon:
-        name = name.partition("@")[0]
+        name = name.partition("@")[0].strip('"')
     else:
         family = stem
     if not _WORD.match(family) or (colon and not name) or ("@" in at and not size):
         raise SpecError(f"got model {text!r} · expected NAME[@SIZE][:key=value]…", "see 'bdh-bench list models'")
-    if colon and family not in ("toy", "hf"):
+    if colon and family not in _WORDED:
         raise SpecError(
-            f"got model {text!r} · expected key=value after ':' (only toy: and hf: take a word)",
+            f"got model {text!r} · expected key=value after ':' (only {', '.join(f'{w}:' for w in _WORDED)} take a word)",
             f"write {family}:key=value",
         )
     if size and family != "hf" and size not in SIZES:
@@ -131,6 +147,21 @@ def parse_bytes(text: str) -> int:
     return int(found[1]) * factor
 
 
+def parse_tasks(text: str, known: Collection[str]) -> tuple[ModelSpec, ...]:
+    """A comma-separated list of distinct tasks; ``known`` are the tasks there are. Raises SpecError as ``parse_models`` does."""
+    parts: list[str] = []
+    for part in _split_outside_quotes(text, re.compile(",")):
+        word = part.strip().partition(":")[0]
+        if word and word not in known and parts and parts[-1].strip().startswith("lm_eval:"):
+            head, *options = _split_outside_quotes(parts[-1].strip(), _OPTION)
+            more, *behind = _split_outside_quotes(part.strip(), _OPTION)
+            names = [head.removeprefix("lm_eval:").strip('"'), more.strip('"')]
+            parts[-1] = ":".join([f'lm_eval:"{",".join(names)}"', *options, *behind])
+        else:
+            parts.append(part)
+    return parse_models(",".join(parts))
+
+
 def parse_contexts(text: str) -> tuple[int, ...]:
     """``128-8192*2`` (from, to, factor) or ``128,512``; increasing, each at least 1. Raises SpecError."""
     wrong = SpecError(f"got contexts {text!r} · expected FROM-TO*FACTOR or a list", "for example 128-8192*2 or 128,512")
@@ -155,8 +186,11 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 class RunSpec:
     """Everything that determines the results of a run; its digest names the run's request.
 
-    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``state_protocol`` says where
-    the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never).
+    ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``match`` is the axis on which
+    models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the
+    difference in bits per byte below which two models count as equal, declared before anything is measured. ``state_protocol`` says
+    where the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never).
+    Raises SpecError for a margin that is none.
     """
 
     models: tuple[str, ...]
@@ -174,6 +208,16 @@ class RunSpec:
     regime: str = "crop"
     state_protocol: str = "carry"
     split_documents: int = 0
+    match: str = "params"
+    train_seconds: float = 0.0
+    equivalence_margin: float = 0.02
+
+    def __post_init__(self) -> None:
+        require_positive(equivalence_margin=self.equivalence_margin)
+        if not self.equivalence_margin < float("inf"):
+            raise SpecError(
+                f"got --equivalence-margin {self.equivalence_margin} · expected a finite number of bits per byte"
+            )
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of this request."""

@@ -203,6 +203,26 @@ class TaskContext:
     state_protocol: str = "carry"
 
 
+class Exercises(Protocol):
+    """What a model practises before a task: generated examples, the same for every model.
+
+    identity   names the generator and all its settings; part of the key of trained weights
+    rows       examples in a batch
+    cap        most examples that are practised; ``enough`` is the accuracy on validation batches at which practice ends
+    share      of the steps that go on with the text that the model was trained on before (0: only examples)
+    """
+
+    identity: str
+    rows: int
+    cap: int
+    enough: float
+    share_of_text: float
+
+    def batch(self, split: str, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens (rows, T) and answers (rows, T), -1 where a token is no answer; ``split`` is train, validation or test."""
+        ...
+
+
 class Task(Protocol):
     """A task module: a docstring (question, protocol, caveats), a frozen ``Config`` and ``run``."""
 

@@ -1,7 +1,7 @@
 """A small stored run, written through the store's own writer: what the tests of the reading half read.
 
 bdh keeps a constant state, gpt2 stops at 256 bytes of context, mamba goes all the way, toy:uniform is exactly 8 bits per
-byte, and one cell crashed.
+byte, and one cell crashed. ``yardstick`` is a model without learning, where a test asks for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ TARGETS = "9f2c41d0"
 MODELS = ("bdh@1m", "gpt2@1m", "mamba@1m", "toy:uniform")
 STOPPED = {"gpt2": 256}
 WEIGHT = 1024.0
+T = 256
+KINDS = {
+    "bdh": "recurrent",
+    "gpt2": "transformer",
+    "llama": "transformer",
+    "mamba": "recurrent",
+    "toy": "control",
+    "yardstick": "yardstick",
+}
 
 Losses = Callable[[str, int, int, int], float]
 
@@ -38,7 +47,7 @@ def cell(model: str, task: str, seed: int, metric: str, family: str | None = Non
     key = f"{abs(hash_of(model + task + str(seed))):016x}"
     family = family or name.split(":")[0]
     return {
-        "key": key, "model": model, "family": family, "size": size, "task": task, "seed": seed,
+        "key": key, "model": model, "family": family, "kind": KINDS.get(family, ""), "size": size, "task": task, "seed": seed,
         "context": None, "metric": metric,
     }  # fmt: skip
 
@@ -55,13 +64,20 @@ def facts(family: str, seed: int) -> dict[str, Any]:
     """The worker's notes on a cell."""
     curve = [[step * 10_000, 8 * math.exp(-step / 4) + 2.4, step * 1.5] for step in range(12)]
     training = {
-        "bytes": 120_000, "context": 256, "learning_rate": 0.001, "steps": 117, "seconds": 18.0, "seed": seed,
+        "bytes": 120_000, "context": T, "learning_rate": 0.001, "regime": "crop",
+        "flops": 7.2e11, "steps": 117, "seconds": 18.0, "seed": seed,
         "final_bits_per_byte": 2.5, "validation_bits_per_byte": 2.6, "curve": curve,
     }  # fmt: skip
     plain = {
-        "parameters": {"bdh": 1_000_000, "gpt2": 1_100_000, "mamba": 980_000}.get(family, 0),
-        "config": {"n_layer": 4, "n_embd": 128},
-        "weights": "random" if family == "toy" else "trained",
+        "parameters": {"bdh": 1_000_000, "gpt2": 1_020_000, "mamba": 980_000, "toy": 0}.get(family, 1_000_000),
+        "non_embedding_parameters": 900_000,
+        "unrolled_parameters": 1_500_000,
+        "state_bytes": {str(k * T): 4 * 2**18 if k * T <= STOPPED.get(family, 10**9) else None for k in (1, 4, 16)},
+        "flops_per_token": 2e6,
+        "vocab_size": 256,
+        "start_symbol": 10,
+        "config": {"n_layer": 4, "n_embd": 128, "dropout": 0.0},
+        "weights": "random" if family in ("toy", "yardstick") else "trained",
         "kernels": "torch",
         "mode": "auto",
         "dtype": "float32",
@@ -70,7 +86,7 @@ def facts(family: str, seed: int) -> dict[str, Any]:
         "checkpoint": "ab" * 8,
         "seconds": 21.5,
     }
-    return plain if family == "toy" else {**plain, "training": training}
+    return plain if family in ("toy", "yardstick") else {**plain, "training": training}
 
 
 def quality(family: str, seed: int, documents: int, losses: Losses) -> Iterator[Measurement]:
@@ -177,14 +193,16 @@ def usual_manifest(models: Sequence[str], seeds: int, documents: int) -> dict[st
         "run": "synthetic",
         "created": "2026-01-02T03:04:05+00:00",
         "command": "bdh-bench run --models bdh,gpt2,mamba,toy:uniform --task long_ppl,memory,latency --smoke",
-        "spec": {"models": list(models), "train_bytes": 120_000, "train_context": 256, "seeds": seeds, "smoke": True},
+        "spec": {"models": list(models), "train_bytes": 120_000, "train_context": T, "seeds": seeds, "smoke": True,
+                 "regime": "crop", "equivalence_margin": 0.02, "match": "params"},
         "spec_digest": "0123abcd",
         "labels": ["smoke"],
         "environment": {
             "python": "3.11.7", "platform": "Linux", "cpu": "a processor", "cores": 2, "threads": 2,
             "memory_bytes": 8 * 2**30, "versions": {"torch": "2.9", "numpy": "2.4"}, "git": "abc1234",
         },
-        "corpus": {"name": "stdlib", "documents": names, "python": "3.11.7", "notes": "text of the standard library"},
+        "corpus": {"name": "stdlib", "digest": "d1ce" * 16, "documents": names,
+                   "python": "3.11.7", "notes": "text of the standard library"},
         "references": [
             {"name": "order-0 byte model", "bits_per_byte": 4.7, "meaning": "byte frequencies", **reference},
             {"name": "order-2 byte model", "bits_per_byte": 2.9, "meaning": "two bytes before", **reference},

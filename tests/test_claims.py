@@ -14,7 +14,8 @@ from bdh_bench.results.display import count, number, quantity, signed
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import points_of, samples_of
 
-CONSTANTS = {"0", "5", "20", "2"}  # rules and names: contains 0, --seeds 5, 20 documents, gpt2
+#: Rules and names: contains 0, --seeds 5, 20 documents, gpt2, 90 % intervals, the margin, the least difference, worse by 0.05.
+CONSTANTS = {"0", "5", "20", "2", "90", "0.02", "0.005", "0.05"}
 NUMBER = re.compile(r"[+−]?\d[\d,]*(?:\.\d+)?")
 
 
@@ -39,7 +40,8 @@ def follows(run: Run, claim: Claim) -> set[str]:
         assert q.value is not None
         if p.metric == "bits_per_byte":
             d = statistics.paired_difference(documents(run, p), documents(run, q))
-            allowed |= {signed(d.value), signed(d.low or 0), signed(d.high or 0), count(d.n)}
+            allowed |= {signed(d.value), signed(d.low or 0), signed(d.high or 0), count(d.n), number(d.mde, p.unit)}
+            allowed |= {signed(limit) for limit in d.inner or ()}
         elif q.value:
             allowed.add(number(p.value / q.value))
     allowed |= {str(r["bits_per_byte"]) + "00" for r in run.manifest["references"]}
@@ -71,7 +73,7 @@ def test_evidence_names_cells_of_the_run(run: Run) -> None:
 
 def test_ten_documents_rank_nothing(run: Run) -> None:
     claims = claims_on(run, "quality")
-    assert len(claims) == 2
+    assert len(claims) == 4
     for claim in claims:
         assert "this bdh checkpoint" in claim.text
         assert "smoke: not ranked (10 documents" in claim.text
@@ -80,10 +82,10 @@ def test_ten_documents_rank_nothing(run: Run) -> None:
         assert claim.kind == "not decided"
 
 
-def test_pairs_meet_at_their_longest_common_context(run: Run) -> None:
-    with_gpt2, with_mamba = claims_on(run, "quality")
-    assert with_gpt2.text.startswith("At 256 bytes")
-    assert with_mamba.text.startswith("At 2,048 bytes")
+def test_pairs_meet_at_the_primary_contexts_and_the_longest_common_one(run: Run) -> None:
+    starts = [claim.text.split(" bytes")[0] for claim in claims_on(run, "quality")]
+    assert starts == ["At 256", "At 256", "At 1,024", "At 2,048"]  # gpt2 stops at T; mamba at T, 4T and the end
+    assert "at 2,048 bytes of context bdh scored" in answer_of(run).paragraph.text
 
 
 def test_a_clear_difference_names_a_checkpoint_not_an_architecture(tmp_path: Path) -> None:
@@ -108,6 +110,8 @@ def test_no_winner_on_a_tiny_difference(tmp_path: Path) -> None:
 
     claim = claims_on(write_run(tmp_path, documents=24, losses=close), "quality")[0]
     assert "smaller than 0.005" in claim.text
+    assert "ahead" not in claim.text
+    assert "equivalent: 90 % interval" in claim.text
 
 
 @pytest.mark.parametrize(("seeds", "says", "kind"), [(2, "this bdh", "not decided"), (3, "shown, not ranked", "not decided"),

@@ -67,6 +67,10 @@ def test_the_contract_of_run_list_export_and_report(tmp_path: Path, books: Path)
     measured = {row["metric"] for row in raw}  # other points are made of stored arrays
     assert len(raw) >= len([p for p in points if p["metric"] in measured])
 
+    known = json.loads(_cli("export", "a", *runs, "--assessment").stdout)
+    assert set(known) == {"labels", "comparisons", "extrapolation", "training", "fairness"}
+    assert json.loads(_cli("show", "a", *runs, "--json").stdout)["data"]["assessment"] == known
+
     listed = json.loads(_cli("list", "runs", *runs, "--json").stdout)
     assert [r["run"] for r in listed["data"]["runs"]] == ["a"]
     page = json.loads(_cli("report", "a", *runs, "--json").stdout)["data"]["html"]
@@ -94,6 +98,9 @@ _BAD = [
     (["run", "--models", "bdh:n_layer=1:weights=DAMAGED", "--task", "memory"], "damaged"),
     (["run", "--models", "toy:uniform", "--task", "memory", "--runs", "FILE/x"], "writable"),
     (["run", "--models", "bdh", "--task", "long_ppl", "--nonsense"], "nonsense"),
+    (["run", "--models", "bdh", "--task", "long_ppl", "--match", "luck"], "wallclock"),
+    (["run", "--models", "bdh", "--task", "long_ppl", "--equivalence-margin", "0"], "greater than 0"),
+    (["export", "a", "--assessment", "--raw"], "--assessment alone"),
     (["report", "nothing"], "no run"),
     (["list", "modles"], "did you mean 'models'"),
     (["export", "nothing", "--format", "json"], "no run"),

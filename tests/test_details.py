@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
@@ -90,7 +91,7 @@ def test_mamba_says_what_its_faster_kernels_need(
     installed: tuple[str, ...], cuda: bool, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = mamba.Model(mamba.Config(8, 1))
-    monkeypatch.setattr(mamba.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert model.missing() == says
 

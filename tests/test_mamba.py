@@ -214,3 +214,14 @@ def test_it_loads_by_name_saves_a_session_and_learns(tmp_path: Path) -> None:
         optimiser.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
+
+
+def test_the_rates_of_the_state_are_not_pulled_by_weight_decay() -> None:
+    from bdh_bench.training.loop import _groups
+
+    ours = model()
+    _, plain = _groups(ours, 0.1)
+    assert plain["weight_decay"] == 0
+    left = {id(x) for x in plain["params"]}
+    assert all(id(x) in left for name, x in ours.named_parameters() if name.endswith((".A_log", ".D", ".bias")))
+    assert not any(id(x) in left for name, x in ours.named_parameters() if "proj.weight" in name)

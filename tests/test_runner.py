@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bdh_bench import load_model
 from bdh_bench.data.corpus import open_corpus
 from bdh_bench.data.pieces import CarriedText
 from bdh_bench.errors import SpecError, StoreError, UnknownNameError
+from bdh_bench.results.assessment import assess
 from bdh_bench.results.report.page import cell_command, models_table
 from bdh_bench.results.store import Run, open_run
 from bdh_bench.runner.leases import boot_id, lease
@@ -273,3 +275,31 @@ def _models_of(run: Run) -> tuple[Any, Any]:
 def test_impossible_requests_fail_before_anything_is_written(spec: RunSpec) -> None:
     with pytest.raises((SpecError, UnknownNameError)):
         make_plan(spec)
+
+
+def test_the_declarations_are_in_the_command_and_kinds_are_in_the_manifest() -> None:
+    spec = RunSpec(("toy:uniform", "gpt2", "bdh"), ("memory",), contexts=(16,), match="bytes", equivalence_margin=0.01)
+    assert command_line(spec).endswith("--match bytes --equivalence-margin 0.01")
+    assert "--match" not in command_line(replace(spec, match="params", equivalence_margin=0.02))
+    kinds = [cell["kind"] for cell in make_plan(spec).manifest("", "", {})["cells"]]
+    assert kinds == ["control", "transformer", "recurrent"]
+
+
+def test_a_trained_cell_knows_what_the_fairness_card_asks(tmp_path: Path, books: Path) -> None:
+    """Each fact against its own arithmetic: L = 2 passes, D = 16, H·N = 64, V = 256, T = 64."""
+    name = "bdh:mlp_internal_dim_multiplier=4:n_embd=16:n_head=2:n_layer=2"
+    spec = RunSpec((name,), ("long_ppl",), data=f"path:{books}", contexts=(128,), train_bytes=8192, train_context=64)
+    run = _go(spec, tmp_path)
+    facts = run.cells[0].facts
+    shared, embedding = 3 * 64 * 16, 256 * 16
+    assert facts["parameters"] == shared + 2 * embedding
+    assert facts["non_embedding_parameters"] == shared + embedding  # the output head is no embedding
+    assert facts["unrolled_parameters"] == 2 * shared + 2 * embedding
+    assert facts["state_bytes"] == {str(k * 64): 2 * 64 * 16 * 4 for k in (1, 4, 16)}
+    forward = load_model(name, train_context=64).flops_per_token(32, "chunked")  # the mean context of a piece
+    assert facts["training"]["flops"] == pytest.approx(3 * forward * 8192)
+    assert (facts["start_symbol"], facts["vocab_size"], facts["training"]["clip_norm"]) == (10, 256, 1.0)
+    card = assess(run).card
+    missing = {row for row, value in card.values[name].items() if value is None}
+    assert missing == {"learning_rate_trials"}
+    assert run.cells[0].model_kind == "recurrent"

@@ -101,3 +101,15 @@ def test_sizes_in_bytes_are_read_with_their_unit() -> None:
     for wrong in ("", "-1", "2KB", "1.5MiB", "KiB"):
         with pytest.raises(SpecError, match="number of bytes"):
             parse_bytes(wrong)
+
+
+def test_declarations_are_part_of_the_request() -> None:
+    plain = RunSpec(("bdh",), ("long_ppl",))
+    assert (plain.equivalence_margin, plain.match) == (0.02, "params")
+    assert (
+        len({plain.digest(), replace(plain, equivalence_margin=0.01).digest(), replace(plain, match="state").digest()})
+        == 3
+    )
+    for margin in (0.0, -0.02, float("nan"), float("inf")):
+        with pytest.raises(SpecError, match="equivalence-margin"):
+            RunSpec(("bdh",), ("long_ppl",), equivalence_margin=margin)

@@ -42,7 +42,12 @@ from bdh_bench.models._growing import GrowingMemory
 from bdh_bench.session import Memory, Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "weights shared over layers; sparse positive keys through ReLU, rotary phases; no norm weights, no short convolution",
+}
 
 _MODES = ("auto", "parallel", "chunked", "recurrent", "sparse")
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -401,6 +406,11 @@ class Model(Streaming, nn.Module):
             elements = context * (c.n_head * c.neurons + c.n_embd)
             return batch_size * c.n_layer * elements * self.embed.weight.dtype.itemsize
         return batch_size * c.n_layer * c.n_head * c.neurons * c.n_embd * self._state_dtype.itemsize
+
+    def unrolled_parameter_count(self) -> int:
+        """Parameters with the three shared matrices counted once per pass, as a model without sharing would hold them."""
+        shared = sum(p.numel() for p in (self.encoder, self.encoder_v, self.decoder))
+        return self.parameter_count() + (self.config.n_layer - 1) * shared
 
     def flops_per_token(self, context: int, mode: str = "recurrent") -> float:
         """Forward operations per token; ``parallel`` counts the masked half of the scores too, ``sparse`` counts as dense."""

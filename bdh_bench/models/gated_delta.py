@@ -41,7 +41,12 @@ from bdh_bench.models._block import (
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 2e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 2e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "gated delta rule per head, short convolution, RMSNorm before each block, gated SiLU, no positions",
+}
 
 
 @dataclass(frozen=True)

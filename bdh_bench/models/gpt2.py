@@ -30,7 +30,12 @@ from bdh_bench.models._kv_cache import KVCache
 from bdh_bench.session import Streaming
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "training context + 128"}
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "training context + 128",
+    "kind": "transformer",
+    "architecture": "learned positions, LayerNorm before each block, GELU, biases, tied embeddings",
+}
 
 _DEFAULT_POSITIONS = 384
 #: Parameters up to which this depth is the natural one; beyond the last, 24.

@@ -44,7 +44,12 @@ from bdh_bench.models._block import (
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 1e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 1e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "a sum of outer products per head, optional rotary positions, RMSNorm before each block, gated SiLU",
+}
 
 _FEATURES = ("identity", "elu", "relu")
 _EPS = 1e-6  # of the normaliser, as in the published code

@@ -44,7 +44,12 @@ from bdh_bench.models._kv_cache import KVCache, rounding_cache
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 2e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 2e-3,
+    "position_limit": "none",
+    "kind": "transformer",
+    "architecture": "rotary positions, RMSNorm before each block, gated SiLU, tied embeddings",
+}
 
 #: Parameters up to which this depth is the natural one; beyond the last, 24.
 _DEPTHS = ((5e5, 4), (2e6, 5), (5e6, 6), (1.5e7, 7), (3e7, 8), (7e7, 10), (2e8, 12))

@@ -29,7 +29,12 @@ from bdh_bench.models._block import RMSNorm, close, width_near
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "LSTM layers with a residual, RMSNorm before each, one table for input and output, no positions",
+}
 
 #: Parameters up to which so many layers are the natural ones; beyond the last, 4.
 _LAYERS = ((2e6, 2), (3e7, 3))

@@ -46,6 +46,8 @@ DEFAULTS = {
     ),
     "learning_rate": 0.0,
     "position_limit": "none",
+    "kind": "control",
+    "architecture": "a known truth, nothing is learned",
 }
 
 _BYTES = {"alloc": 104_857_600, "const_state": 1_048_576}

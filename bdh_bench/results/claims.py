@@ -1,9 +1,9 @@
 """What may be said about a run, by rules, and what may not?
 
 Every sentence is made from points, names the cells behind it and says what it is a statement about. A difference between
-trained models is a statement about these checkpoints; a statement about architectures needs training seeds. No winner is
-named on a paired interval that contains 0, a difference too small to be found, or too few documents; no time is ranked
-on a single round.
+trained models is a statement about these checkpoints; a statement about architectures needs training seeds. Winners and
+matches are named by ``decisions`` alone; no time is ranked on a single round; and where models were trained too little to
+use context, no sentence about long contexts is written.
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from bdh_bench.results import statistics
+from bdh_bench.results.assessment import Assessment, assess
+from bdh_bench.results.comparisons import Comparison, headline
+from bdh_bench.results.contenders import QUALITY, TRANSFORMER, Facts
+from bdh_bench.results.decisions import RANKING, SEEDS_TO_RANK, Why
 from bdh_bench.results.display import count, number, quantity, signed, signed_interval
-from bdh_bench.results.statistics import Estimate
+from bdh_bench.results.extrapolation import WORSE_BY, Sweep
 from bdh_bench.results.store import Run
-from bdh_bench.results.tables import HASH_AXIS, Point, finite, points_of, samples_of
+from bdh_bench.results.tables import Point, finite
 
 Kind = Literal["measured", "not decided"]
-SUBJECT = "bdh"
-CONTROLS = frozenset({"toy"})
-CACHES = frozenset({"gpt2", "llama", "hf"})
-QUALITY = "bits_per_byte"
-FEWEST_DOCUMENTS = 20
-SEEDS_TO_SHOW = 3
-SEEDS_TO_RANK = 5
-SMALLEST_DIFFERENCE = 0.005
 ARCHITECTURES_OPEN = f"Architectures: not decided — run with --seeds {SEEDS_TO_RANK}."
 
 
@@ -46,198 +42,163 @@ class Claim:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reader sees first: one paragraph, what stays open, and the sentences behind both."""
+    """What a reader sees first: one paragraph, what stays open, the sentences behind both, and what the rules made of the run."""
 
     paragraph: Claim
     open: tuple[Claim, ...]
     claims: tuple[Claim, ...]
+    assessment: Assessment
 
 
 def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
     """The answer of a run to the question of the project."""
-    facts = _Facts(run, points_of(run) if points is None else points)
-    quality = list(_quality(facts))
+    known = assess(run, points)
+    facts = known.facts
+    by_pair = [list(_quality(known, *pair)) for pair in facts.pairs()]
+    quality = [claim for claims in by_pair for claim in claims]
     memory = list(_memory(facts))
     latency = list(_latency(facts))
-    claims = (*quality, *_gains(facts), *_references(facts), *memory, *latency, *_limits(facts), *_failures(facts))
-    paragraph = _paragraph(facts, claims)
-    return Answer(paragraph, tuple(_open(facts, quality, memory, latency)), claims)
-
-
-class _Facts:
-    """The points and records of a run by what the rules ask for."""
-
-    def __init__(self, run: Run, points: Sequence[Point]) -> None:
-        self.run = run
-        self.points = [point for point in points if point.seed is not None]
-        self.models = list(dict.fromkeys(cell.model for cell in run.cells))
-        self.family = {cell.model: cell.family for cell in run.cells}
-        self.seeds = len({cell.seed for cell in run.cells})
-        self.contenders = [m for m in self.models if self.family[m] not in CONTROLS]
-        own = [m for m in self.contenders if self.family[m] == SUBJECT]
-        self.subjects = own or self.contenders[:1]
-        self.samples: dict[tuple[Any, ...], dict[str, tuple[float, float]]] = {}
-        rows: dict[tuple[Any, ...], list[Any]] = {}
-        for r in run.records:
-            rows.setdefault((r.model, r.seed, r.metric_id, r.context, str(r.axes.get(HASH_AXIS) or "")), []).append(r)
-        self.samples = {key: samples_of(group) for key, group in rows.items() if group[0].metric == QUALITY}
-
-    def label(self, model: str) -> str:
-        """The family where it names one model only, else the whole name."""
-        family = self.family[model]
-        return family if list(self.family.values()).count(family) == 1 else model
-
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Each subject with each other contender, once."""
-        for subject in self.subjects:
-            yield from ((subject, other) for other in self.contenders if other not in self.subjects)
-        yield from pairwise(self.subjects)
-
-    def select(self, model: str, metric: str) -> list[Point]:
-        """Points of one model and metric that have a value, by context."""
-        found = [p for p in self.points if p.model == model and p.metric == metric and p.value is not None]
-        return sorted(found, key=lambda p: p.context)
-
-    def documents(self, point: Point) -> dict[str, tuple[float, float]]:
-        """The scored documents of a quality point."""
-        key = (point.model, point.seed, point.metric_id, point.context, point.target_hash)
-        return self.samples.get(key, {})
-
-    def stopped(self, model: str) -> Point | None:
-        """The first point of a quality sweep that the model could not take."""
-        gone = [p for p in self.points if p.model == model and p.metric == QUALITY and p.status == "unsupported"]
-        return min(gone, key=lambda p: p.context, default=None)
+    contexts = (*_training(known), *_contexts(known))
+    claims = (*quality, *contexts, *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
+    leading = [claims[-1] for claims in by_pair if claims]
+    paragraph = _paragraph(facts, quality, leading, memory, latency)
+    return Answer(paragraph, tuple(_open(known, quality, memory, latency)), claims, known)
 
 
 # -- quality ---------------------------------------------------------------------------------------------------------
 
 
-def _quality(facts: _Facts) -> Iterator[Claim]:
-    for first, second in facts.pairs():
-        if not facts.select(first, QUALITY) and not facts.select(second, QUALITY):
-            continue
-        matched = _matched(facts, first, second)
-        if not matched:
-            yield Claim(
-                f"{facts.label(first)} and {facts.label(second)} were not compared: "
-                "there is no context at which both scored the same bytes.",
-                _cells(facts.select(first, QUALITY) + facts.select(second, QUALITY)),
-                "quality",
-                "not decided",
-                "quality",
-            )
-        elif len(matched) < SEEDS_TO_SHOW:
-            yield _checkpoint_claim(facts, *matched[0])
-        else:
-            yield _architecture_claim(facts, matched)
+def _quality(known: Assessment, first: str, second: str) -> Iterator[Claim]:
+    """Two models at the primary contexts and at the longest that both reached; not past T where training was too short."""
+    facts = known.facts
+    if not facts.select(first, QUALITY) and not facts.select(second, QUALITY):
+        return
+    made = [c for c in known.comparisons if (c.first, c.second) == (first, second) and c.point.metric == QUALITY]
+    same = [c for c in made if c.difference is not None]
+    if not same:
+        why = [reason.text for reason in made[0].decision.reasons] if made else []
+        yield Claim(
+            f"{facts.label(first)} and {facts.label(second)} were not compared: "
+            f"there is no context at which both scored the same bytes{f' ({why[0]})' if why else ''}.",
+            _cells(facts.select(first, QUALITY) + facts.select(second, QUALITY)),
+            "quality",
+            "not decided",
+            "quality",
+        )
+    for comparison in headline(same):
+        if not comparison.decision.has(Why.UNDERTRAINED):
+            yield _comparison(facts, comparison)
 
 
-def _matched(facts: _Facts, first: str, second: str) -> list[tuple[Point, Point]]:
-    """The two models at their longest common context on the same targets, one pair per common seed."""
-    theirs = {
-        (p.seed, p.context, p.metric_id, p.target_hash): p for p in facts.select(second, QUALITY) if p.target_hash
-    }
-    pairs = [
-        (p, theirs[key])
-        for p in facts.select(first, QUALITY)
-        if (key := (p.seed, p.context, p.metric_id, p.target_hash)) in theirs
-    ]
-    longest = max((p.context for p, _ in pairs), default=0)
-    chosen = [pair for pair in pairs if pair[0].context == longest]
-    same = (chosen[0][0].metric_id, chosen[0][0].target_hash) if chosen else ("", "")
-    return [pair for pair in chosen if (pair[0].metric_id, pair[0].target_hash) == same]
-
-
-def _checkpoint_claim(facts: _Facts, one: Point, two: Point) -> Claim:
-    difference = statistics.paired_difference(facts.documents(one), facts.documents(two))
-    a, b = facts.label(one.model), facts.label(two.model)
-    text = (
-        f"At {count(one.context)} bytes of context this {a} checkpoint scored {number(one.value, one.unit)} bits per byte, "
-        f"this {b} checkpoint {number(two.value, two.unit)}; paired difference {signed(difference.value)} "
-        f"{signed_interval(difference.low, difference.high)} over {count(difference.n)} documents"
+def _comparison(facts: Facts, c: Comparison) -> Claim:
+    """The sentence of one comparison, and its short form for the paragraph."""
+    assert c.difference is not None  # _quality asks for these only
+    a, b = facts.label(c.first), facts.label(c.second)
+    unit = c.point.unit
+    values = [statistics.t_interval([float(pair[i].value or 0) for pair in c.pairs]).value for i in (0, 1)]
+    scores = (number(values[0], unit), number(values[1], unit))
+    apart = f"{signed(c.difference.value)} {signed_interval(c.difference.low, c.difference.high)}"
+    documents = count(c.documents) + (
+        f" documents in {count(c.evidence.documents)} clusters" if c.documents != c.evidence.documents else " documents"
     )
-    why_not = _untrained(one, two) or _no_winner(difference, difference.n)
-    verdict = why_not or f"the {a if difference.value < 0 else b} checkpoint is ahead"
-    decided: Kind = "not decided" if why_not else "measured"
-    short = _in_short(one.context, (a, number(one.value, one.unit)), (b, number(two.value, two.unit)), difference)
-    short += f"{'not ranked' if why_not else verdict})"
-    text = f"{text}; {verdict}. {ARCHITECTURES_OPEN}"
-    return Claim(text, _cells([one, two]), "these checkpoints", decided, "quality", short)
-
-
-def _in_short(context: int, first: tuple[str, str], second: tuple[str, str], difference: Estimate) -> str:
-    """The comparison for the paragraph, with the bracket left open for its verdict."""
-    return (
-        f"at {count(context)} bytes of context {first[0]} scored {first[1]} and {second[0]} {second[1]} bits per byte "
-        f"({signed(difference.value)} {signed_interval(difference.low, difference.high)}, "
-    )
-
-
-def _architecture_claim(facts: _Facts, matched: Sequence[tuple[Point, Point]]) -> Claim:
-    one, two = matched[0]
-    a, b = facts.label(one.model), facts.label(two.model)
-    means = [statistics.t_interval([float(pair[i].value or 0) for pair in matched]).value for i in (0, 1)]
-    difference = statistics.t_interval([float(p.value or 0) - float(q.value or 0) for p, q in matched])
-    documents = min(len(set(facts.documents(p)) & set(facts.documents(q))) for p, q in matched)
-    text = (
-        f"At {count(one.context)} bytes of context {a} scored {number(means[0], one.unit)} bits per byte and {b} "
-        f"{number(means[1], one.unit)} (means over {len(matched)} seeds); difference paired by seed "
-        f"{signed(difference.value)} {signed_interval(difference.low, difference.high)} over {count(documents)} documents"
-    )
-    why_not = _untrained(one, two) or _no_winner(difference, documents)
-    if why_not:
-        verdict, decided = f"{why_not}. Architectures: not decided", False
-    elif len(matched) < SEEDS_TO_RANK:
-        verdict, decided = f"shown, not ranked. {ARCHITECTURES_OPEN.rstrip('.')}", False
+    least = f", least difference that would be found {number(c.mde, unit)}" if c.mde is not None else ""
+    at = f"{count(c.context)} bytes of context"
+    if c.claim == "checkpoint":
+        scored = (
+            f"this {a} checkpoint scored {scores[0]} bits per byte, this {b} checkpoint {scores[1]}; paired difference"
+        )
     else:
-        verdict, decided = f"{a if difference.value < 0 else b} is ahead with this recipe and this size", True
-    evidence = _cells(point for pair in matched for point in pair)
-    kind: Kind = "measured" if decided else "not decided"
-    short = _in_short(one.context, (a, number(means[0], one.unit)), (b, number(means[1], one.unit)), difference)
-    short += f"{verdict if decided else 'not ranked'})"
-    return Claim(f"{text}; {verdict}.", evidence, "architectures", kind, "quality", short)
+        scored = f"{a} scored {scores[0]} bits per byte and {b} {scores[1]} (means over {len(c.pairs)} seeds)"
+        scored += "; difference paired by seed"
+    verdict = _verdict(c, a, b)
+    text = f"At {at} {scored} {apart} over {documents}{least}; {verdict}{'' if verdict.endswith('.') else '.'}"
+    if c.claim == "checkpoint":
+        text = f"{text} {ARCHITECTURES_OPEN}"
+    short = f"at {at} {a} scored {scores[0]} and {b} {scores[1]} bits per byte ({apart}, "
+    short += f"{'not ranked' if c.decision.verdict == 'undecided' else verdict})"
+    kind: Kind = "not decided" if c.decision.verdict == "undecided" else "measured"
+    scope = "these checkpoints" if c.claim == "checkpoint" else "architectures"
+    return Claim(text, c.cells, scope, kind, "quality", short)
 
 
-def _untrained(*points: Point) -> str:
-    return "random weights: quality is not ranked" if any(p.weights == "random" for p in points) else ""
+def _verdict(c: Comparison, a: str, b: str) -> str:
+    """The verdict in words, with why nothing is decided where nothing is."""
+    ahead, noun = a if c.decision.verdict == "better" else b, " checkpoint" if c.claim == "checkpoint" else ""
+    if c.decision.verdict in ("better", "worse"):
+        recipe = "" if c.claim == "checkpoint" else " with this recipe and this size"
+        return f"the {ahead}{noun} is ahead" if noun else f"{ahead} is ahead{recipe}"
+    if c.decision.verdict == "equivalent":
+        inner = c.difference.inner if c.difference else None
+        within = f"90 % interval {signed_interval(*inner)}" if inner else "both intervals"
+        why = ", ".join(reason.text for reason in c.decision.reasons)
+        return f"equivalent: {within} inside ±{number(c.evidence.margin)} bits per byte; no winner: {why}"
+    reasons = c.decision.reasons
+    if c.decision.has(Why.FEW_SEEDS_TO_RANK) and {r.why for r in reasons if r.why in RANKING} == {
+        Why.FEW_SEEDS_TO_RANK
+    }:
+        return f"shown, not ranked. {ARCHITECTURES_OPEN}"
+    ranking = [r.text for r in reasons if r.why in RANKING and r.why is not Why.FEW_SEEDS_TO_RANK]
+    why = ", ".join(ranking) or "not decided: " + ", ".join(r.text for r in reasons)
+    return why if c.claim == "checkpoint" else f"{why}. Architectures: not decided"
 
 
-def _no_winner(difference: Estimate, documents: int) -> str:
-    """Why no winner may be named; nothing where one may."""
-    if documents < FEWEST_DOCUMENTS:
-        return f"smoke: not ranked ({count(documents)} documents, {FEWEST_DOCUMENTS} are needed)"
-    if difference.contains_zero:
-        return "not decided: the interval contains 0"
-    least = max(SMALLEST_DIFFERENCE, difference.mde or 0.0)
-    if abs(difference.value) < least:
-        return f"not decided: smaller than {least:.3f}, the least difference that would be found"
-    return ""
+# -- context ---------------------------------------------------------------------------------------------------------
 
 
-def _gains(facts: _Facts) -> Iterator[Claim]:
-    for model in facts.contenders:
-        points = facts.select(model, QUALITY)
-        points = [p for p in points if p.seed == points[0].seed and p.target_hash]
-        ends = [p for p in points if p.target_hash == points[0].target_hash]
-        if len({p.context for p in ends}) >= 2:
-            yield _gain(facts, ends[0], ends[-1])
+def _training(known: Assessment) -> Iterator[Claim]:
+    """Whether the models learned enough for a sentence about contexts."""
+    training = known.training
+    if training.undertrained:
+        text = f"Undertrained: {training.text}; no sentence about longer contexts is written."
+        yield Claim(text, training.cells, "this run", "measured", "context")
 
 
-def _gain(facts: _Facts, short: Point, long: Point) -> Claim:
-    change = statistics.paired_difference(facts.documents(long), facts.documents(short))
-    why_not = _untrained(long)
+def _contexts(known: Assessment) -> Iterator[Claim]:
+    if known.training.undertrained:
+        return
+    for sweep in known.sweeps:
+        if sweep.model in known.facts.contenders:
+            yield _context(known.facts, sweep)
+
+
+def _context(facts: Facts, sweep: Sweep) -> Claim:
+    """What the longest context is worth to one model: against T where it goes past T, else against its shortest."""
+    first, last = sweep.steps[0], sweep.steps[-1]
+    past = sweep.beyond[-1] if sweep.beyond else None
+    start = sweep.base if past and sweep.base else first.context
+    samples = {p.context: facts.documents_over_seeds(p) for p in sweep.points}
+    change = (past and past.beyond) or statistics.paired_difference(
+        samples[last.context], samples[start], facts.clusters
+    )
+    why_not = "random weights: quality is not ranked" if any(p.weights == "random" for p in sweep.points) else ""
     if not why_not and change.low is None:
         why_not = f"{count(change.n)} documents are too few for an interval: not decided"
-    if not why_not and change.contains_zero:
-        why_not = "the interval contains 0: whether it uses the longer context is not decided"
-    verdict = "it uses the longer context" if change.value < 0 else "the longer context makes it worse"
+    if past:
+        verdict = {
+            "uses": "it uses context beyond its training context",
+            "flat": "flat: the interval contains 0, so beyond its training context it neither gains nor loses",
+            "degrades": "it degrades beyond its training context",
+        }.get(str(past.verdict), "")
+        verdict += (
+            f"; worse by more than {WORSE_BY} from {count(sweep.first_worse)} bytes on" if sweep.first_worse else ""
+        )
+    elif change.contains_zero:
+        why_not = why_not or "the interval contains 0: whether it uses the longer context is not decided"
+        verdict = ""
+    else:
+        verdict = "it uses the longer context" if change.value < 0 else "the longer context makes it worse"
+    if sweep.effective is not None and not why_not:
+        verdict += f"; effective context {count(sweep.effective)} bytes"
+    subject = f"this {facts.label(sweep.model)} checkpoint changes"
+    if sweep.seeds > 1:
+        subject = f"these {sweep.seeds} {facts.label(sweep.model)} checkpoints change on average"
     text = (
-        f"On the same targets this {facts.label(long.model)} checkpoint changes by {signed(change.value)} bits per byte "
-        f"{signed_interval(change.low, change.high)} from {count(short.context)} to {count(long.context)} bytes of "
+        f"On the same targets {subject} by {signed(change.value)} bits per byte "
+        f"{signed_interval(change.low, change.high)} from {count(start)} to {count(last.context)} bytes of "
         f"context, over {count(change.n)} documents; {why_not or verdict}."
     )
     kind: Kind = "not decided" if why_not else "measured"
-    return Claim(text, _cells([short, long]), "this checkpoint", kind, "context")
+    return Claim(text, _cells(sweep.points), "this checkpoint", kind, "context")
 
 
 def references_of(run: Run) -> list[tuple[str, float, str]]:
@@ -250,10 +211,13 @@ def references_of(run: Run) -> list[tuple[str, float, str]]:
     return found
 
 
-def _references(facts: _Facts) -> Iterator[Claim]:
+def _references(known: Assessment) -> Iterator[Claim]:
+    facts = known.facts
     references = references_of(facts.run)
+    longest = facts.train_context if known.training.undertrained else None
     for model in facts.contenders:
-        point = max(facts.select(model, QUALITY), key=lambda p: p.context, default=None)
+        points = [p for p in facts.select(model, QUALITY) if longest is None or p.context <= longest]
+        point = max(points, key=lambda p: p.context, default=None)
         same = [r for r in references if point and r[2] in ("", point.target_hash)]
         if point is None or point.value is None or not same:
             continue
@@ -273,7 +237,7 @@ def _references(facts: _Facts) -> Iterator[Claim]:
 # -- memory and time -------------------------------------------------------------------------------------------------
 
 
-def _memory(facts: _Facts) -> Iterator[Claim]:
+def _memory(facts: Facts) -> Iterator[Claim]:
     curves = {model: _per_stream(facts.select(model, "state_bytes")) for model in facts.contenders}
     for model, curve in curves.items():
         if curve:
@@ -292,7 +256,7 @@ def _per_stream(points: Sequence[Point]) -> dict[int, tuple[float, Point]]:
     return curve
 
 
-def _growth(facts: _Facts, model: str, curve: Mapping[int, tuple[float, Point]]) -> Claim:
+def _growth(facts: Facts, model: str, curve: Mapping[int, tuple[float, Point]]) -> Claim:
     name, contexts = facts.label(model), list(curve)
     values = [value for value, _ in curve.values()]
     first, last = quantity(values[0], "byte"), quantity(values[-1], "byte")
@@ -306,7 +270,7 @@ def _growth(facts: _Facts, model: str, curve: Mapping[int, tuple[float, Point]])
     elif len(set(values)) == 1:
         text = f"{name} keeps {first} per stream at every measured context ({grid})."
     elif all(a < b for a, b in pairwise(values)):
-        what = "cache" if facts.family[model] in CACHES else "state"
+        what = "cache" if facts.kind[model] == TRANSFORMER else "state"
         text = f"{name}'s {what} grows to {last} per stream at {count(contexts[-1])} bytes of context (from {first} at "
         text += f"{count(contexts[0])})."
     else:
@@ -317,7 +281,7 @@ def _growth(facts: _Facts, model: str, curve: Mapping[int, tuple[float, Point]])
 
 
 def _crossing(
-    facts: _Facts, one: Mapping[int, tuple[float, Point]], two: Mapping[int, tuple[float, Point]]
+    facts: Facts, one: Mapping[int, tuple[float, Point]], two: Mapping[int, tuple[float, Point]]
 ) -> Claim | None:
     grid = [c for c in sorted(set(one) & set(two)) if c > 0 and one[c][0] > 0 and two[c][0] > 0]
     if len(grid) < 2:
@@ -353,7 +317,7 @@ def crossing_between(left: int, right: int, log_left: float, log_right: float) -
     return math.exp(math.log(left) + share * (math.log(right) - math.log(left)))
 
 
-def _latency(facts: _Facts) -> Iterator[Claim]:
+def _latency(facts: Facts) -> Iterator[Claim]:
     for metric, what in (("tpot_s", "per output token"), ("prefill_s", "for prefill")):
         for first, second in facts.pairs():
             pair = _same_load(facts.select(first, metric), facts.select(second, metric))
@@ -370,7 +334,7 @@ def _same_load(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[Point, P
     return max(pairs, key=lambda pair: (pair[0].context, -pair[0].batch_size), default=None)
 
 
-def _speed(facts: _Facts, one: Point, two: Point, what: str) -> Claim:
+def _speed(facts: Facts, one: Point, two: Point, what: str) -> Claim:
     ratio = float(one.value or 0) / float(two.value) if two.value else math.nan
     marks = {p.status for p in (one, two)} - {"ok"}
     text = (
@@ -386,7 +350,7 @@ def _speed(facts: _Facts, one: Point, two: Point, what: str) -> Claim:
 # -- limits, failures, the paragraph ---------------------------------------------------------------------------------
 
 
-def _limits(facts: _Facts) -> Iterator[Claim]:
+def _limits(facts: Facts) -> Iterator[Claim]:
     for model in facts.contenders:
         stop, reached = facts.stopped(model), facts.select(model, QUALITY)
         if stop is None:
@@ -404,7 +368,7 @@ def _limits(facts: _Facts) -> Iterator[Claim]:
         yield Claim(text, _cells([*reached[-1:], stop]), "position limit", "measured", "limit")
 
 
-def _failures(facts: _Facts) -> Iterator[Claim]:
+def _failures(facts: Facts) -> Iterator[Claim]:
     failed = [cell for cell in facts.run.cells if cell.kind == "failed"]
     pending = [cell for cell in facts.run.cells if cell.kind == "pending"]
     total = count(len(facts.run.cells))
@@ -415,27 +379,27 @@ def _failures(facts: _Facts) -> Iterator[Claim]:
             yield Claim(text, tuple(cell.key for cell in cells), "this run", "not decided", "failure")
 
 
-def _paragraph(facts: _Facts, claims: Sequence[Claim]) -> Claim:
-    """The answer in one paragraph: what is decided at all, then quality, bytes and time."""
-    quality = [claim for claim in claims if claim.topic == "quality"]
+def _paragraph(
+    facts: Facts, quality: Sequence[Claim], leading: Sequence[Claim], memory: Sequence[Claim], latency: Sequence[Claim]
+) -> Claim:
+    """The answer in one paragraph: what is decided at all, then quality (``leading``: one claim per pair), bytes and time."""
     decided = any(claim.kind == "measured" for claim in quality)
     parts, evidence = [_headline(facts, quality)], []
-    for title, topic, end in (
-        ("Quality", "quality", ""),
-        ("Bytes", "memory", ""),
-        ("Time", "time", " (single round: not decided)"),
+    for title, claims, end in (
+        ("Quality", leading[:2], ""),
+        ("Bytes", memory[:3], ""),
+        ("Time", latency[:2], " (single round: not decided)"),
     ):
-        chosen = [claim for claim in claims if claim.topic == topic][: 3 if topic == "memory" else 2]
-        sentences = "; ".join((claim.short or claim.text).rstrip(".") for claim in chosen)
-        parts.append(f"{title}: {sentences}{end}." if chosen else f"{title}: not measured in this run.")
-        evidence += [key for claim in chosen for key in claim.evidence]
+        sentences = "; ".join((claim.short or claim.text).rstrip(".") for claim in claims)
+        parts.append(f"{title}: {sentences}{end}." if claims else f"{title}: not measured in this run.")
+        evidence += [key for claim in claims for key in claim.evidence]
     if facts.seeds < SEEDS_TO_RANK:
         parts.append(ARCHITECTURES_OPEN)
     kind: Kind = "measured" if decided else "not decided"
     return Claim(" ".join(parts), tuple(dict.fromkeys(evidence)), "this run", kind, "answer")
 
 
-def _headline(facts: _Facts, quality: Sequence[Claim]) -> str:
+def _headline(facts: Facts, quality: Sequence[Claim]) -> str:
     if _is_smoke(facts.run):
         return "Not decided: this was a smoke run, which shows that everything works and not who is better."
     if not quality:
@@ -452,9 +416,10 @@ def _is_smoke(run: Run) -> bool:
 
 
 def _open(
-    facts: _Facts, quality: Sequence[Claim], memory: Sequence[Claim], latency: Sequence[Claim]
+    known: Assessment, quality: Sequence[Claim], memory: Sequence[Claim], latency: Sequence[Claim]
 ) -> Iterator[Claim]:
     """What this run does not decide, one plain sentence each."""
+    facts = known.facts
 
     def undecided(text: str, claims: Iterable[Claim] = (), scope: str = "this run") -> Claim:
         evidence = tuple(dict.fromkeys(key for claim in claims for key in claim.evidence))
@@ -477,19 +442,22 @@ def _open(
     longest = max((p.context for p in facts.points if p.value is not None), default=0)
     if longest:
         yield undecided(f"Anything beyond {count(longest)} bytes of context.")
-    sizes = _sizes(facts)
-    if len(sizes) > 1 and max(sizes.values()) > 1.05 * min(sizes.values()):
-        listed = ", ".join(f"{facts.label(model)} {count(size)}" for model, size in sizes.items())
-        yield undecided(f"What equal sizes would show: the parameters differ by more than 5 % ({listed}).")
-
-
-def _sizes(facts: _Facts) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for cell in facts.run.cells:
-        size = finite(cell.facts.get("parameters"))
-        if size and cell.model in facts.contenders:
-            found.setdefault(cell.model, size)
-    return found
+    if quality and known.training.status != "sufficient":
+        says = {
+            "undertrained": "Anything about long contexts: undertrained, ",
+            "not judged": "Whether training was long enough: ",
+        }
+        yield Claim(
+            f"{says[known.training.status]}{known.training.text}.",
+            known.training.cells,
+            "this run",
+            "not decided",
+            "open",
+        )
+    for first, second in facts.pairs() if quality else ():
+        if why := known.card.unmatched(first, second):
+            pair = f"{facts.label(first)} and {facts.label(second)}"
+            yield undecided(f"What a fair match of {pair} would show: {why}.")
 
 
 def _cells(points: Iterable[Point]) -> tuple[str, ...]:

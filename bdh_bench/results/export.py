@@ -1,6 +1,8 @@
-"""How do points leave for other programs: JSON, JSON lines, CSV, Markdown, LaTeX?
+"""How do results leave for other programs: JSON, JSON lines, CSV, Markdown, LaTeX?
 
-The JSON shape is a promise to programs: one object per point, gaps as null with status and reason, no NaN.
+The JSON shape is a promise to programs: one object per point, gaps as null with status and reason, no NaN. ``assessment`` is what
+the rules make of the points, as one JSON object: comparisons with their reasons and fairness cards, and what contexts are worth.
+Markdown and LaTeX hold the tables of both.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import Any
 
 from bdh_bench.errors import UnknownNameError
 from bdh_bench.results import escaping
+from bdh_bench.results.assessment import assess
 from bdh_bench.results.store import Run
-from bdh_bench.results.tables import FIELDS, Point, Table, finite, points_of, value_tables
+from bdh_bench.results.tables import EXPLAINED, FIELDS, Point, Table, finite, points_of, value_tables
 from bdh_bench.types import Record
 
 FORMATS = ("json", "jsonl", "csv", "md", "latex")
@@ -33,8 +36,14 @@ def export(run: Run, format_: str = "json", raw: bool = False) -> str:
         return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if format_ == "csv" or raw:
         return as_csv(rows, _RAW_FIELDS if raw else FIELDS)
-    tables = value_tables(points_of(run))
+    points = points_of(run)
+    tables = [*value_tables(points), *assess(run, points).tables()]
     return as_markdown(tables) if format_ == "md" else as_latex(tables)
+
+
+def assessment(run: Run) -> str:
+    """Comparisons, extrapolation and the fairness card of a run, as one JSON object."""
+    return json.dumps(assess(run).as_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def points_as_json(run: Run) -> list[dict[str, Any]]:
@@ -90,6 +99,7 @@ def markdown_table(table: Table) -> str:
     lines.append(_markdown_row(table.columns))
     lines.append("|".join(["", " --- ", *[" ---: "] * (len(table.columns) - 1), ""]))
     lines += [_markdown_row([_with_interval(entry.text, entry.note) for entry in row]) for row in table.rows]
+    lines += ["", escaping.markdown(table.note)] if table.note else []
     return "\n".join([*lines, ""])
 
 
@@ -98,7 +108,7 @@ def _markdown_row(cells: Iterable[str]) -> str:
 
 
 def _with_interval(text: str, note: str) -> str:
-    return f"{text} {note}" if note.startswith("[") else text
+    return f"{text} {note}" if note.startswith("[") or text.startswith(EXPLAINED) else text
 
 
 def as_latex(tables: Sequence[Table]) -> str:
@@ -120,6 +130,7 @@ def latex_table(table: Table) -> str:
             *(rf"{row} \\" for row in rows),
             r"\bottomrule",
             r"\end{tabular}",
+            *([rf"\par {escaping.latex(table.note)}"] if table.note else []),
             r"\end{table}",
             "",
         ]

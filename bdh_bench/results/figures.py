@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from bdh_bench.metrics import METRICS
-from bdh_bench.results.claims import CONTROLS, QUALITY, references_of
+from bdh_bench.results.claims import references_of
+from bdh_bench.results.contenders import CONTROLS, QUALITY
 from bdh_bench.results.display import quantity, shortened, tick
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.store import CellOutcome, Run

@@ -167,6 +167,7 @@ class CellOutcome:
     """What became of one planned cell: the newest final attempt, or "planned" / "interrupted" where there is none.
 
     ``facts`` are the worker's notes on the cell (parameters, kernels, training, environment); ``attempts`` counts starts.
+    ``model_kind`` is what the model's file says it is (transformer, recurrent, control, yardstick), or "".
     """
 
     key: str
@@ -183,6 +184,7 @@ class CellOutcome:
     attempts: int
     facts: Mapping[str, Any]
     log: str = ""
+    model_kind: str = ""
 
     @property
     def kind(self) -> str:
@@ -345,6 +347,7 @@ def _outcome(
         attempts=len({*started, *final}),
         facts=event.get("facts", {}),
         log=event.get("log", ""),
+        model_kind=str(planned.get("kind", "")),
     )
     return outcome, event
 

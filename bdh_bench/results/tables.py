@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from bdh_bench.metrics import METRICS
@@ -69,10 +69,19 @@ def points_of(run: Run) -> tuple[Point, ...]:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in (*run.records, *derived_records(run)):
         groups.setdefault(_identity(record), []).append(record)
-    single = [_reduced(records) for records in groups.values()]
+    clusters = clusters_of(run)
+    single = [_reduced(records, clusters) for records in groups.values()]
     if len({cell.seed for cell in run.cells}) < 2:
         return tuple(single)
     return (*single, *_over_seeds(single))
+
+
+def clusters_of(run: Run) -> dict[str, str]:
+    """document → cluster, for the documents of the manifest that say which others they belong with."""
+    corpus = run.manifest.get("corpus")
+    documents = corpus.get("documents") if isinstance(corpus, Mapping) else None
+    rows = [row for row in documents or [] if isinstance(row, Mapping)]
+    return {str(row.get("name")): str(row["cluster"]) for row in rows if row.get("cluster")}
 
 
 def frozen_axes(axes: Mapping[str, Scalar]) -> Axes:
@@ -118,26 +127,43 @@ def _identity(record: Record) -> tuple[Any, ...]:
     )
 
 
-def _reduced(records: Sequence[Record]) -> Point:
+def _reduced(records: Sequence[Record], clusters: Mapping[str, str]) -> Point:
     first = records[0]
     gaps = [record for record in records if finite(record.value) is None]
     how = reduction_of(first.metric, records)
-    if how == "ratio":
-        value, low, high, n = _ratio(records, gaps)
+    if how in ("ratio", "share"):
+        found = _over_samples(records, gaps, how, clusters)
+        few = _too_few(records, found)
+        value, low, high, n = (found.value, found.low, found.high, found.n) if found else (None, None, None, 0)
     else:
-        value, low, high, n = _single(records, how)
+        few, (value, low, high, n) = "", _single(records, how)
     status, reason = _status(records, gaps, how, value)
-    return _point(first, value, low, high, n, first.seed, status, reason, records)
+    return _point(first, value, low, high, n, first.seed, status, reason or few, records)
 
 
-def _ratio(records: Sequence[Record], gaps: Sequence[Record]) -> tuple[float | None, float | None, float | None, int]:
+def _over_samples(
+    records: Sequence[Record], gaps: Sequence[Record], how: str, clusters: Mapping[str, str]
+) -> statistics.Estimate | None:
+    """The estimate over documents or trials; None where one is missing: without it, it would be another statistic."""
     samples = samples_of(records)
-    if gaps or sum(weight for _, weight in samples.values()) <= 0:
-        return None, None, None, 0  # without one of its documents it would be another statistic
-    estimate = statistics.bootstrap_ratio(samples)
-    if not any(record.sample for record in records):
-        return estimate.value, None, None, estimate.n
-    return estimate.value, estimate.low, estimate.high, estimate.n
+    trials = sum(weight for _, weight in samples.values())
+    if gaps or trials <= 0:
+        return None
+    if how == "share":
+        successes = sum(value * weight for value, weight in samples.values())
+        possible = all(0 <= value <= 1 for value, _ in samples.values())
+        return statistics.wilson(min(successes, trials), trials) if possible else None
+    estimate = statistics.bootstrap_ratio(samples, clusters)
+    if any(record.sample for record in records):
+        return estimate
+    return replace(estimate, low=None, high=None)  # repeats of one process are no units of resampling
+
+
+def _too_few(records: Sequence[Record], estimate: statistics.Estimate | None) -> str:
+    """Why there is no interval, where documents are too few for one."""
+    if estimate is None or estimate.low is not None or not any(record.sample for record in records):
+        return ""
+    return f"no interval: {estimate.units} independent documents, {statistics.FEWEST_DOCUMENTS} are needed"
 
 
 def _single(records: Sequence[Record], how: str) -> tuple[float | int | None, None, None, int]:
@@ -155,6 +181,8 @@ def _status(records: Sequence[Record], gaps: Sequence[Record], how: str, value: 
         first = gaps[0]
         status = first.status if first.status not in MEASURED_STATUSES else "error"
         return status, first.reason or ("a value is missing" if first.value is None else "the value is not finite")
+    if how == "share" and any((finite(record.weight) or 0) > 0 for record in records):
+        return "error", "a share is outside 0 and 1"
     if how == "exact":
         return "error", f"repeats disagree: {_listed(record.value for record in records)}"
     return "error", "nothing was weighed: the weights sum to 0"
@@ -228,6 +256,10 @@ def _mean_point(group: Sequence[Point]) -> Point:
 # -- views -----------------------------------------------------------------------------------------------------------
 
 
+#: Texts whose note says why, and is shown wherever they are.
+EXPLAINED = ("undecided", "unranked", "equivalent")
+
+
 @dataclass(frozen=True)
 class Entry:
     """One cell of a table: the text, and a remark (interval, status, reason) behind it."""
@@ -238,13 +270,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text; the first column names the row."""
+    """A titled table of text; the first column names the row. ``note`` stands below it in every format."""
 
     id: str
     title: str
     meaning: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
+    note: str = ""
 
 
 def best_points(points: Sequence[Point]) -> list[Point]:
@@ -276,7 +309,23 @@ def _value_table(id_: str, task: str, metric: str, group: Sequence[Point]) -> Ta
     )  # 0 is a context among others
     columns = ("model", *(f"c = {context:,}" if context or begins else "any c" for context in contexts))
     label = known.label if known else metric
-    return Table(id_, f"{task}: {label}", known.meaning if known else "", columns, body)
+    return Table(id_, f"{task}: {label}", known.meaning if known else "", columns, body, _scope(metric, group))
+
+
+def _scope(metric: str, group: Sequence[Point]) -> str:
+    """What a table of quality speaks about: checkpoints, or designs."""
+    if (
+        metric not in METRICS
+        or METRICS[metric].reduction not in ("ratio", "share")
+        or METRICS[metric].better == "neither"
+    ):
+        return ""
+    seeds = max((point.n for point in group if point.seed is None), default=1)
+    if seeds < 2:
+        return "One training seed: a table of these checkpoints, not of architectures."
+    return (
+        f"Means over {seeds} training seeds with Student's t; which differences are decided is said by the comparisons."
+    )
 
 
 def row_names(points: Sequence[Point]) -> dict[Point, str]:

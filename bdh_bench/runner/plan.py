@@ -6,7 +6,6 @@ request, the text, and the source of the model, the task and whatever they impor
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
 from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes, stream_bytes
-from bdh_bench.errors import CorpusError, SpecError, UnknownNameError
+from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
+from bdh_bench.runner.recipes import check_training
 from bdh_bench.runner.texts import Texts
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import STATE_PROTOCOLS, ModelSpec, RunSpec, parse_model
-from bdh_bench.training.recipe import Recipe, check_regime
+from bdh_bench.training.recipe import Recipe
 from bdh_bench.types import Cell
 from bdh_bench.weights import inspect
 
@@ -68,13 +68,13 @@ def cell_json(cell: Cell) -> dict[str, Any]:
     model, task = parse_model(cell.model), parse_model(cell.task)
     entry = registry.find("models", model.family)
     kind = str(entry.defaults.get("kind", ""))  # "yardstick": read beside the models, never ranked among them
-    unsized = model.family in ("toy", "hf") or entry.defaults.get("words") or kind
+    unsized = entry.defaults.get("words") or entry.defaults.get("needs_name") or kind == "yardstick"
     return {
         "key": cell.key,
         "model": cell.model,
         "family": model.family,
-        "size": "" if unsized else (model.size or "quick"),
         "kind": kind,
+        "size": "" if unsized else (model.size or "quick"),
         "task": cell.task,
         "seed": cell.seed,
         "context": cell.context,
@@ -104,8 +104,13 @@ def command_line(spec: RunSpec) -> str:
     ):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
-    if spec.regime != plain.regime:
-        parts += ["--regime", spec.regime]
+    for flag, name in (("--regime", "regime"), ("--match", "match")):
+        if getattr(spec, name) != getattr(plain, name):
+            parts += [flag, getattr(spec, name)]
+    if spec.train_seconds:
+        parts += ["--train-seconds", f"{spec.train_seconds:g}"]
+    if spec.equivalence_margin != plain.equivalence_margin:
+        parts += ["--equivalence-margin", f"{spec.equivalence_margin:g}"]
     if spec.learning_rate:
         parts += ["--learning-rate", f"{spec.learning_rate:g}"]
     return shlex.join(parts + (["--smoke"] if spec.smoke else []))
@@ -116,24 +121,32 @@ def make_plan(spec: RunSpec) -> Plan:
     models = [parse_model(name) for name in spec.models]
     tasks = [parse_model(name) for name in spec.tasks]
     for model in models:
-        _check_plugin(registry.check(model))
+        entry = registry.check(model)
+        _check_plugin(entry)
+        _check_name(model, entry)
         _check_weights(model, spec.train_context)
     for task in tasks:
-        _check_task(task)
+        _check_plugin(registry.find("tasks", task.family))
+        registry.task_values(task)
     _check_device(spec.device)
-    check_regime(spec.regime)
     if spec.state_protocol not in STATE_PROTOCOLS:
         raise UnknownNameError("state protocol", spec.state_protocol, STATE_PROTOCOLS)
+    check_training(spec, models)
+    outside = {str(t): _outside(t) for t in tasks}
     reading = [t for t in tasks if _facts(t).get("reads")]
-    corpus = open_corpus(spec.data, spec.split_documents) if reading else None
+    corpus = (
+        open_corpus(spec.data, spec.split_documents) if reading or any(_facts(t).get("trains") for t in tasks) else None
+    )
     contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
     labels = list(corpus.labels) if corpus else []
     references: tuple[dict[str, Any], ...] = ()
     manifest = corpus.manifest() if corpus else None
-    if corpus is not None:
+    if corpus is not None and reading:
         references, few = _references(spec, corpus, contexts[str(reading[0])], _config(reading[0]))
         labels += ["smoke"] if (spec.smoke or few) and "smoke" not in labels else []
-    cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else ""))
+    elif spec.smoke and corpus is not None:
+        labels += ["smoke"] if "smoke" not in labels else []
+    cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else "", outside))
     texts = _texts(spec, corpus, [(contexts[str(t)], _config(t)) for t in reading]) if corpus is not None else None
     return Plan(spec, cells, contexts, manifest, references, tuple(labels), texts)
 
@@ -142,22 +155,36 @@ def _facts(task: ModelSpec) -> dict[str, Any]:
     return dict(registry.find("tasks", task.family).defaults)
 
 
-def _check_task(task: ModelSpec) -> None:
-    entry = registry.find("tasks", task.family)
-    if task.size or task.name:
-        raise SpecError(f"got task {str(task)!r} · expected NAME[:key=value]")
-    _check_plugin(entry)
-    for key, text in task.options:
-        if key not in entry.options:
-            raise UnknownNameError(f"option of task {task.family}", key, entry.options)
-        if not isinstance(_literal(text), int) or int(text) < 1:
-            raise SpecError(f"got {key}={text} for task {task.family} · expected a whole number of at least 1")
+def _outside(task: ModelSpec) -> dict[str, Any]:
+    """What a task with ``checked`` in its DEFAULTS needs from outside this package, found before anything runs.
+
+    Its ``check(config)`` raises SpecError (or a kind of it) for what is missing, and gives what must be part of the cell's key.
+    """
+    if not _facts(task).get("checked"):
+        return {}
+    module = registry.load("tasks", task.family)
+    return dict(module.check(module.Config(**registry.task_values(task))))
 
 
 def _check_plugin(entry: registry.Entry) -> None:
     """Import what another package brings once before the run: that it cannot be imported is a usage error too."""
     if entry.origin != registry.BUILT_IN:
         registry.load(entry.kind, entry.name)
+
+
+def _check_name(model: ModelSpec, entry: registry.Entry) -> None:
+    """A published model needs its name, and a name that looks like a folder must be one."""
+    if not entry.defaults.get("needs_name"):
+        return
+    if not model.name:
+        raise SpecError(
+            f"got {model.family} without a checkpoint · expected {model.family}:ID[@REVISION] or {model.family}:./folder"
+        )
+    folder = Path(model.name).expanduser()
+    if model.name.startswith((".", "/", "~")) and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"no config.json in {model.name} · expected a folder that save_pretrained wrote", "check the path"
+        )
 
 
 def _check_weights(model: ModelSpec, train_context: int) -> None:
@@ -176,16 +203,8 @@ def _check_device(device: str) -> None:
         raise SpecError("got --device cuda · this machine shows no NVIDIA device", "use --device cpu")
 
 
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def _config(task: ModelSpec) -> dict[str, Any]:
-    options = dict(registry.find("tasks", task.family).options)
-    return {**options, **{key: _literal(text) for key, text in task.options}}
+    return {**registry.find("tasks", task.family).options, **registry.task_values(task)}
 
 
 def _contexts(task: ModelSpec, spec: RunSpec, corpus: Corpus | None) -> tuple[int, ...]:
@@ -274,9 +293,10 @@ def _cells(
     tasks: Sequence[ModelSpec],
     contexts: dict[str, tuple[int, ...]],
     data_digest: str,
+    outside: dict[str, dict[str, Any]],
 ) -> Iterator[Cell]:
     for task in tasks:
-        facts = _facts(task)
+        facts = _facts(task) | {"outside": outside[str(task)]}
         own = contexts[str(task)] if "context" in facts.get("cell_axes", ()) else (None,)
         for seed in spec.seeds:
             for model in models:
@@ -313,6 +333,9 @@ def _cell(
     if facts.get("reads"):
         inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents, "state": spec.state_protocol}
     if facts.get("trains"):
+        inputs |= {"data": data_digest}
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
+    if facts["outside"]:
+        inputs |= {"outside": facts["outside"]}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()
     return Cell(key, str(model), str(task), seed, context)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bdh_bench import registry
@@ -12,13 +13,18 @@ from bdh_bench.errors import SpecError
 from bdh_bench.loading import load_model
 from bdh_bench.measure.clock import now_s
 from bdh_bench.measure.host import native_bfloat16
+from bdh_bench.runner.matching import matched_bytes, matched_model
 from bdh_bench.runner.plan import training_rows
+from bdh_bench.runner.recipes import check_training, rate_of, regime_of
 from bdh_bench.session import fingerprint
 from bdh_bench.sources import source_digest
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.training.checkpoints import Checkpoint
 from bdh_bench.training.loop import train
-from bdh_bench.training.recipe import Recipe, check_regime, checkpoint_key
+from bdh_bench.training.pilot import bytes_in
+from bdh_bench.training.practice import practise
+from bdh_bench.training.recipe import Recipe, checkpoint_key, continued
+from bdh_bench.types import Exercises
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +36,78 @@ Progress = Callable[[str, float, dict[str, Any]], None]
 def train_or_load(
     model: Any, model_spec: ModelSpec, spec: RunSpec, seed: int, corpus: Corpus, progress: Progress
 ) -> dict[str, Any]:
-    """Give ``model`` the weights that this request implies; return the training report with the checkpoint's folder."""
-    recipe, key = _identity(model, model_spec, spec, seed, corpus)
-    return train(model, recipe, corpus.part("train"), corpus.part("validation"), Checkpoint(key), progress)
+    """Give ``model`` the weights that this request implies; return the training report, which names their checkpoint's folder."""
+    regime = regime_of(model_spec, spec)
+    first = "crop" if regime == "crop+carried" else regime
+    recipe = _recipe(model_spec, spec, seed, matched_bytes(model, spec), first)
+    job = _Job(model, model_spec, corpus, progress)
+    if spec.match == "wallclock":
+        timed = Checkpoint(job.key(recipe, f"{spec.train_seconds:g} s"))
+        recipe = replace(recipe, bytes=bytes_in(spec.train_seconds, model, recipe, corpus.part("train"), timed))
+    report = job.train(recipe)
+    if regime == "crop+carried":
+        report = _joined(report, job.train(continued(recipe, report["sha256"])))
+    return report
+
+
+def practise_or_load(
+    model: Any,
+    model_spec: ModelSpec,
+    spec: RunSpec,
+    seed: int,
+    corpus: Corpus | None,
+    exercises: Exercises,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Let ``model`` practise for a task, going on from the weights that it has; return the report."""
+    recipe = replace(_recipe(model_spec, spec, seed, exercises.cap, "crop"), start=fingerprint(model))
+    documents = corpus.part("train") if corpus is not None else ()
+    code = source_digest(
+        registry.find("models", model_spec.family).module, "bdh_bench.training.practice", type(exercises).__module__
+    )
+    key = checkpoint_key(recipe, str(model_spec.architecture()), repr(model.config), exercises.identity, code)
+    return practise(model, recipe, exercises, documents, Checkpoint(key), progress)
+
+
+def _recipe(model_spec: ModelSpec, spec: RunSpec, seed: int, budget: int, regime: str) -> Recipe:
+    exact = native_bfloat16() if spec.device == "cpu" else True
+    precision = "bfloat16" if exact else "float32"
+    return Recipe(budget, spec.train_context, rate_of(model_spec, spec), seed, precision=precision, regime=regime)
+
+
+class _Job:
+    """One model on one corpus, whatever the recipe."""
+
+    def __init__(self, model: Any, model_spec: ModelSpec, corpus: Corpus, progress: Progress) -> None:
+        self.model, self.name, self.corpus, self.progress = model, str(model_spec.architecture()), corpus, progress
+        self.code = source_digest(registry.find("models", model_spec.family).module, "bdh_bench.training.loop")
+
+    def key(self, recipe: Recipe, *more: str) -> str:
+        config = " ".join((repr(self.model.config), *more))
+        return checkpoint_key(recipe, self.name, config, self.corpus.manifest()["digest"], self.code)
+
+    def train(self, recipe: Recipe) -> dict[str, Any]:
+        checkpoint = Checkpoint(self.key(recipe))
+        parts = self.corpus.part("train"), self.corpus.part("validation")
+        report = train(self.model, recipe, *parts, checkpoint, self.progress)
+        return {**report, "checkpoint": str(checkpoint.weights)}
+
+
+def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The report of two stages as that of one training; both are kept in it."""
+    bytes_, seconds = first["bytes"], first["seconds"]
+    curve = [*first["curve"], *([bytes_ + read, bits, seconds + s] for read, bits, s in second["curve"])]
+    return {
+        **second,
+        "regime": "crop+carried",
+        "bytes": bytes_ + second["bytes"],
+        "steps": first["steps"] + second["steps"],
+        "seconds": round(seconds + second["seconds"], 2),
+        "learning_rate": first["learning_rate"],
+        "reused": first["reused"] and second["reused"],
+        "curve": curve,
+        "stages": [first, second],
+    }
 
 
 def fit(model: Any, spec: RunSpec, seed: int, corpus: Corpus) -> dict[str, Any]:
@@ -65,31 +140,14 @@ def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    check_regime(spec.regime)
     model_spec = parse_model(spec.models[0])
     registry.check(model_spec)
+    check_training(spec, (model_spec,))
     corpus = open_corpus(spec.data, spec.split_documents)
-    model = load_model(model_spec, device=spec.device, seed=spec.seeds[0], train_context=spec.train_context)
+    built = matched_model(spec, model_spec)
+    model = load_model(built, device=spec.device, seed=spec.seeds[0], train_context=spec.train_context)
     if not getattr(model, "trainable", True):
         raise SpecError(f"{str(model_spec)!r} has nothing to learn", "choose a model that is trained")
-    recipe, key = _identity(model, model_spec, spec, spec.seeds[0], corpus)
-    checkpoint = Checkpoint(key)
-    report = train(model, recipe, corpus.part("train"), corpus.part("validation"), checkpoint, progress)
-    return {
-        "model": str(model_spec),
-        "parameters": model.parameter_count(),
-        "weights": str(checkpoint.weights),
-        **report,
-    }
-
-
-def _identity(model: Any, model_spec: ModelSpec, spec: RunSpec, seed: int, corpus: Corpus) -> tuple[Recipe, str]:
-    entry = registry.find("models", model_spec.family)
-    rate = spec.learning_rate or float(entry.defaults.get("learning_rate", 0.0))
-    if not rate > 0:
-        raise SpecError(f"{model_spec.family} has no default learning rate", "give --learning-rate")
-    exact = native_bfloat16() if spec.device == "cpu" else True
-    precision = "bfloat16" if exact else "float32"
-    recipe = Recipe(spec.train_bytes, spec.train_context, rate, seed, precision=precision, regime=spec.regime)
-    code = source_digest(entry.module, "bdh_bench.training.loop")
-    return recipe, checkpoint_key(recipe, str(model_spec), repr(model.config), corpus.manifest()["digest"], code)
+    report = train_or_load(model, model_spec, spec, spec.seeds[0], corpus, progress)
+    weights = report.pop("checkpoint")
+    return {"model": str(model_spec), "parameters": model.parameter_count(), "weights": weights, **report}

@@ -130,34 +130,47 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
-    from bdh_bench.runner.training import fit, train_or_load
+    from bdh_bench.runner.matching import matched_model, training_flops_per_byte
+    from bdh_bench.runner.training import fit, practise_or_load, train_or_load
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
     model_spec, task_spec = parse_model(cell.model), parse_model(cell.task)
     task = registry.load("tasks", task_spec.family)
-    config = task.Config(**{key: int(value) for key, value in task_spec.options})
+    config = task.Config(**registry.task_values(task_spec))
     about = registry.find("tasks", task_spec.family).defaults
     _say("load", 0.0, {})
-    model = load_model(model_spec, device=spec.device, seed=cell.seed, train_context=spec.train_context)
-    facts |= _model_facts(model, model_spec)
+    built = matched_model(spec, model_spec)
+    model = load_model(built, device=spec.device, seed=cell.seed, train_context=spec.train_context)
+    facts |= _model_facts(model, model_spec, spec.train_context)
     facts["threads"] = torch.get_num_threads()
-    corpus = open_corpus(spec.data, spec.split_documents) if about.get("reads") else None
-    if about.get("trains") and corpus is not None and not model_spec.option("weights"):
-        if getattr(model, "trainable", True):
-            facts["training"] = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
-            facts["weights"] = "trained"
-            facts["checkpoint"] = facts["training"]["sha256"]
-        elif hasattr(model, "fit"):  # statistics of the training text, without gradient
-            facts["training"] = fit(model, spec, cell.seed, corpus)
-            facts["weights"] = "fitted"
-            facts["checkpoint"] = facts["training"]["sha256"]
+    corpus = open_corpus(spec.data, spec.split_documents) if about.get("reads") or about.get("trains") else None
+    if (
+        about.get("trains")
+        and corpus is not None
+        and getattr(model, "trainable", True)
+        and not model_spec.option("weights")
+    ):
+        report = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
+        facts["training"] = {**report, "flops": training_flops_per_byte(model, spec.train_context) * report["bytes"]}
+        facts["weights"] = "trained"
+        facts["checkpoint"] = facts["training"]["sha256"]
+    elif about.get("trains") and corpus is not None and hasattr(model, "fit"):  # statistics, without gradient
+        facts["training"] = fit(model, spec, cell.seed, corpus)
+        facts["weights"] = "fitted"
+        facts["checkpoint"] = facts["training"]["sha256"]
+    if _practises(about, asdict(config)) and getattr(model, "trainable", True) and not model_spec.option("weights"):
+        documents = corpus.part("train") if corpus is not None else ()
+        drills = task.exercises(model, config, documents, spec.train_context)
+        facts["practice"] = practise_or_load(model, model_spec, spec, cell.seed, corpus, drills, _say)
+        facts["weights"] = "trained"
+        facts["checkpoint"] = facts["practice"]["sha256"]
     context = TaskContext(
         seed=cell.seed,
         context=cell.context,
         contexts=contexts,
         train_context=spec.train_context,
-        documents=_documents(corpus, contexts, asdict(config), spec),
+        documents=_documents(corpus if about.get("reads") else None, contexts, asdict(config), spec),
         weights=str(facts["weights"]),
         smoke=spec.smoke,
         progress=_say,
@@ -168,6 +181,12 @@ def _results(
     facts["evaluation_seconds"] = round(now_s() - evaluated, 3)
 
 
+def _practises(about: Mapping[str, Any], config: dict[str, Any]) -> bool:
+    """Always, never, or where the option of that name is set."""
+    when = about.get("practises", False)
+    return bool(config[when]) if isinstance(when, str) else bool(when)
+
+
 def _documents(
     corpus: Corpus | None, contexts: tuple[int, ...], config: dict[str, Any], spec: RunSpec
 ) -> tuple[Any, ...]:
@@ -176,19 +195,51 @@ def _documents(
     return () if corpus is None else test_documents(corpus, contexts, config, spec.documents)
 
 
-def _model_facts(model: Any, spec: ModelSpec) -> dict[str, Any]:
+def _model_facts(model: Any, spec: ModelSpec, train_context: int) -> dict[str, Any]:
+    """What the fairness card and the tables need to know of a model; None where the model does not say."""
     config = getattr(model, "config", None)
     parameter = next(iter(model.parameters()), None)
     known = spec.option("weights")
+    unrolled = getattr(model, "unrolled_parameter_count", model.parameter_count)
     return {
         "parameters": model.parameter_count(),
+        "non_embedding_parameters": model.parameter_count() - _embedding_parameters(model),
+        "unrolled_parameters": unrolled(),
+        "state_bytes": {str(k * train_context): _state_bytes(model, k * train_context) for k in (1, 4, 16)},
+        "flops_per_token": _flops_per_token(model, train_context),
+        "vocab_size": model.vocab_size,
+        "start_symbol": model.start_symbol,
+        "architecture": str(registry.find("models", spec.family).defaults.get("architecture", "")),
         "config": asdict(config) if config is not None and hasattr(config, "__dataclass_fields__") else {},
-        "weights": "loaded" if known else "random",
+        "weights": "loaded" if known else model.origin if hasattr(model, "origin") else "random",
         "kernels": model.kernels() if hasattr(model, "kernels") else "",
         "mode": str(getattr(config, "mode", "")),
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else "",
         "max_positions": model.max_positions,
+        **(model.facts() if hasattr(model, "facts") else {}),
     }
+
+
+def _embedding_parameters(model: Any) -> int:
+    """Parameters of every embedding table, tokens and positions; a table that is also the output head counts as one."""
+    from torch import nn
+
+    tables = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)}
+    return sum(tables.values())
+
+
+def _state_bytes(model: Any, context: int) -> int | None:
+    """The formula's bytes at this context; None past the last position."""
+    if model.max_positions is not None and context > model.max_positions:
+        return None
+    return int(model.state_bytes(1, context))
+
+
+def _flops_per_token(model: Any, context: int) -> float | None:
+    try:
+        return float(model.flops_per_token(context))
+    except NotImplementedError:  # a model of someone else's that has no formula: the card shows a gap
+        return None
 
 
 if __name__ == "__main__":

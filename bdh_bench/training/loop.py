@@ -34,6 +34,7 @@ from bdh_bench.training.recipe import Recipe
 
 _SAVE_EVERY_S = 20.0
 _CURVE_POINTS = 50
+_BETAS = (0.9, 0.95)
 _VALIDATION_PIECES = 128
 #: Training contexts after which a state that grows with every byte is emptied, so that memory does not follow the longest document.
 GROWING_CARRY = 16
@@ -53,14 +54,32 @@ def train(
 
     Interrupted at any moment, the next call goes on from the last saved step. Raises BenchError for a loss that is not finite.
     """
+    return fit(
+        model,
+        recipe,
+        lambda: _reader(model, recipe, documents),
+        lambda: validation_bits(model, validation, recipe),
+        checkpoint,
+        progress,
+    )
+
+
+def fit(
+    model: Any,
+    recipe: Recipe,
+    reader: Callable[[], Reader],
+    grade: Callable[[], float | None],
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The same for whatever ``reader`` reads; ``grade`` gives bits per token on validation material, in eval mode."""
     if (report := checkpoint.finished()) is not None:
         model.load_state_dict(checkpoint.load_weights())
         model.eval()
         return {**report, "reused": True}
     checkpoint.prepare()
     keep_freed_memory()
-    reader = Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
-    run = _Run(model, recipe, reader, checkpoint)
+    run = Training(model, recipe, reader(), checkpoint)
     run.resume()
     try:
         run.finish(progress)
@@ -68,20 +87,31 @@ def train(
         run.save()
         raise
     model.eval()
-    bits = validation_bits(model, validation, recipe)
-    return {**checkpoint.finish(model.state_dict(), run.report(bits)), "reused": False}
+    return {**checkpoint.finish(model.state_dict(), run.report(grade())), "reused": False}
 
 
-class _Run:
+def begun(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Training:
+    """A training before its first step that keeps nothing on disk: for those who time its steps (``one``)."""
+    keep_freed_memory()
+    training = Training(model.train(), recipe, _reader(model, recipe, documents), None)
+    training.reader.begin(0)
+    return training
+
+
+def _reader(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Reader:
+    return Carried(model, recipe, documents) if recipe.regime == "carried" else Crops(model, recipe, documents)
+
+
+class Training:
     """One training from its first to its last step; ``step`` counts finished steps."""
 
-    def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint | None) -> None:
         self.model, self.recipe, self.reader, self.checkpoint = model, recipe, reader, checkpoint
-        self.steps = recipe.steps(reader.length, reader.rows)
+        self.steps = reader.steps(recipe)
         self.optimiser = torch.optim.AdamW(
-            _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True
+            _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=_BETAS, fused=True
         )
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.mastered = 0, 0.0, False
         self.curve: list[tuple[int, float, float]] = []
         self._pending: list[Tensor] = []
         self._inside = False  # a step is under way: weights, state and random numbers do not belong together
@@ -91,22 +121,23 @@ class _Run:
         self.model.train()
         started = saved = now_s()
         before, first = self.seconds, self.step
-        every = max(1, self.steps // _CURVE_POINTS)
-        while self.step < self.steps:
+        every = self.reader.mark_every or max(1, self.steps // _CURVE_POINTS)
+        while self.step < self.steps and not self.mastered:
             self._inside = True
-            self._pending.append(self._one())
+            self._pending.append(self.one())
             self.step += 1
             self._inside = False
             self.seconds = before + now_s() - started
             if self.step % every == 0 or self.step == self.steps:
                 bits = self._mark()
+                self.mastered = self.reader.mastered()
                 left = (self.steps - self.step) * (self.seconds - before) / (self.step - first)
                 progress("train", self.step / self.steps, {"bits_per_byte": bits, "eta_s": left})
             if now_s() - saved > _SAVE_EVERY_S and not self._pending:
                 self.save()
                 saved = now_s()
 
-    def _one(self) -> Tensor:
+    def one(self) -> Tensor:
         """One optimiser step on the next pieces; returns the mean loss in nats, still on the device."""
         rate = self.recipe.rate(self.step, self.steps)
         for group in self.optimiser.param_groups:
@@ -126,13 +157,13 @@ class _Run:
         self._pending.clear()
         if not math.isfinite(bits):
             raise BenchError(f"the loss is {bits} after {self.step} steps", "use a smaller --learning-rate")
-        read = self.step * self.reader.rows * self.reader.length
+        read = self.reader.read(self.step)
         self.curve.append((read, round(bits, 4), round(self.seconds, 2)))
         return bits
 
     def save(self) -> None:
         """Keep the state of the last closed stretch (open stretches have no mark yet and are done again)."""
-        if self._pending or self._inside:
+        if self._pending or self._inside or self.checkpoint is None:
             return
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()} | optimiser_tensors(self.optimiser)
         tensors |= {f"state.{k}": v for k, v in self.reader.state().items()}
@@ -143,7 +174,7 @@ class _Run:
     def resume(self) -> None:
         """Go on from a partial checkpoint, if there is one; else start from the recipe's seed."""
         torch.manual_seed(self.recipe.seed)
-        kept = self.checkpoint.load_partial()
+        kept = self.checkpoint.load_partial() if self.checkpoint is not None else None
         if kept is None:
             self.reader.begin(0)
             return
@@ -160,15 +191,21 @@ class _Run:
         """What the fairness card and the training curve need."""
         recipe, reader = self.recipe, self.reader
         return {
-            "bytes": self.steps * reader.rows * reader.length,
+            "bytes": reader.read(self.step),
             "context": recipe.context,
             "regime": recipe.regime,
             "reset": reader.reset,
             "carry_limit": reader.carry_limit,
             "piece_bytes": reader.length,
             "batch": reader.rows,
-            "steps": self.steps,
+            "steps": self.step,
+            "mastered": self.mastered,
             "learning_rate": recipe.learning_rate,
+            "optimiser": f"AdamW{_BETAS}",
+            "schedule": f"linear warm-up, cosine to {recipe.final_share:g}",
+            "warm_up": recipe.warm_up,
+            "clip_norm": recipe.clip_norm,
+            "weight_decay": recipe.weight_decay,
             "precision": recipe.precision,
             "seed": recipe.seed,
             "seconds": round(self.seconds, 2),
@@ -181,12 +218,23 @@ class _Run:
 class Reader(Protocol):
     """What a step reads: ``rows`` pieces of ``length`` bytes, and what the model remembers when it reads them.
 
-    ``position`` counts the bytes per row since the last empty state; ``reset`` and ``carry_limit`` say when it is emptied.
+    ``position`` counts the bytes per row since the last empty state; ``reset`` and ``carry_limit`` say when it is emptied. A point of
+    the curve is set every ``mark_every`` steps (0: fifty in all), and there training ends early once ``mastered``.
     """
 
     rows: int
     length: int
     reset: str
+    mark_every: int
+
+    def steps(self, recipe: Recipe) -> int:
+        """Steps at the most."""
+
+    def read(self, steps: int) -> int:
+        """Target bytes (or tokens) of this many steps."""
+
+    def mastered(self) -> bool:
+        """Whether nothing is left to learn."""
 
     @property
     def position(self) -> int: ...
@@ -207,7 +255,24 @@ class Reader(Protocol):
         """What must be kept for the next piece."""
 
 
-class Crops:
+class _Text:
+    """What both ways to read a text have in common: equal pieces, and no end before the budget's."""
+
+    rows: int
+    length: int
+    mark_every = 0
+
+    def steps(self, recipe: Recipe) -> int:
+        return recipe.steps(self.length, self.rows)
+
+    def read(self, steps: int) -> int:
+        return steps * self.rows * self.length
+
+    def mastered(self) -> bool:
+        return False
+
+
+class Crops(_Text):
     """Independent random pieces, each from an empty state."""
 
     position, reset, carry_limit = 0, "piece", None
@@ -230,7 +295,7 @@ class Crops:
         return {}
 
 
-class Carried:
+class Carried(_Text):
     """Consecutive pieces of one document per row, through a session that goes on from piece to piece."""
 
     reset = "document"

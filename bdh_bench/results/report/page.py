@@ -45,8 +45,9 @@ class Content:
 def content_of(run: Run) -> Content:
     """The content of the report of a run."""
     points = points_of(run)
-    tables = tuple(value_tables(points))
-    return Content(run, points, answer_of(run, points), models_table(run), tables, figures_of(run, points))
+    answer = answer_of(run, points)
+    tables = (*answer.assessment.tables(), *value_tables(points))
+    return Content(run, points, answer, models_table(run), tables, figures_of(run, points))
 
 
 def models_table(run: Run) -> Table:
@@ -102,7 +103,7 @@ def render(content: Content, plotly_js: str | None = None) -> str:
     return environment.get_template("page.html.j2").render(
         question=QUESTION,
         run=content.run,
-        labels=[str(label) for label in content.run.manifest.get("labels") or []],
+        labels=content.answer.assessment.labels,
         answer=content.answer,
         evidence=_evidence_names(content.run),
         models=content.models,
@@ -190,7 +191,12 @@ def cell_command(run: Run, cell: CellOutcome) -> str:
     for option, name in (("--data", "data"), ("--train-bytes", "train_bytes"), ("--train-context", "train_context")):
         if isinstance(spec.get(name), str | int):
             parts += [option, str(spec[name])]
-    for option, name in (("--device", "device"), ("--threads", "threads"), ("--regime", "regime")):
+    for option, name in (
+        ("--device", "device"),
+        ("--threads", "threads"),
+        ("--regime", "regime"),
+        ("--match", "match"),
+    ):
         if isinstance(spec.get(name), str | int):
             parts += [option, str(spec[name])]
     return plain(shlex.join(parts + (["--smoke"] if spec.get("smoke") else [])))

@@ -33,7 +33,7 @@ def write_report(run: Run, output: Path) -> dict[str, str]:
 
 def as_text(content: Content) -> str:
     """The report as Markdown: to paste where a page cannot go."""
-    labels = ", ".join(str(label) for label in content.run.manifest.get("labels") or [])
+    labels = ", ".join(content.answer.assessment.labels)
     lines = [f"# {QUESTION}", "", f"Run {markdown(content.run.id)}{f' ({markdown(labels)})' if labels else ''}.", ""]
     lines += [markdown(content.answer.paragraph.text), "", "## Not decided", ""]
     lines += [f"- {markdown(claim.text)}" for claim in content.answer.open]

@@ -1,0 +1,54 @@
+"""How does a request say that each model is trained? Regime, learning rate and matching, checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from bdh_bench import registry
+from bdh_bench.errors import SpecError, UnknownNameError
+from bdh_bench.spec import ModelSpec, RunSpec
+from bdh_bench.training.recipe import check_regime
+
+#: The axes on which models can be made equal; ``matching`` says what each does.
+MATCHES = ("params", "bytes", "flops", "wallclock", "state")
+
+
+def regime_of(model: ModelSpec, spec: RunSpec) -> str:
+    """The regime of one model: its own option, else that of the run. Raises UnknownNameError."""
+    regime = model.option("regime") or spec.regime
+    check_regime(regime)
+    return regime
+
+
+def rate_of(model: ModelSpec, spec: RunSpec) -> float:
+    """The peak learning rate of one model: its own option, that of the run, or the family's default. Raises SpecError."""
+    own = model.option("learning_rate")
+    rate = _number(own) if own else spec.learning_rate
+    rate = rate or float(registry.find("models", model.family).defaults.get("learning_rate", 0.0))
+    if not rate > 0:
+        got = f"got learning_rate={own}" if own else f"{model.family} has no default learning rate"
+        raise SpecError(f"{got} · expected a number greater than 0", "give learning_rate=… or --learning-rate")
+    return rate
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text) or -1.0
+    except ValueError:
+        return -1.0
+
+
+def check_training(spec: RunSpec, models: Iterable[ModelSpec]) -> None:
+    """Raise SpecError or UnknownNameError for a training that cannot be carried out as written."""
+    check_regime(spec.regime)
+    for model in models:
+        regime_of(model, spec)
+        if model.option("learning_rate"):
+            rate_of(model, spec)
+    if spec.match not in MATCHES:
+        raise UnknownNameError("matching", spec.match, MATCHES)
+    if (spec.match == "wallclock") != (spec.train_seconds > 0):
+        raise SpecError(
+            f"got --match {spec.match} and --train-seconds {spec.train_seconds:g} · expected both for wallclock, else neither",
+            "for example --match wallclock --train-seconds 120",
+        )
