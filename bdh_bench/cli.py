@@ -33,7 +33,7 @@ app = typer.Typer(
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.", envvar="BDH_BENCH_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Data = Annotated[str, typer.Option("--data", help="stdlib, or path:DIR or path:FILE.")]
+Data = Annotated[str, typer.Option("--data", help="stdlib, path:DIR, path:FILE or hf:NAME.")]
 TrainBytes = Annotated[int, typer.Option("--train-bytes", help="Training budget in bytes.")]
 TrainContext = Annotated[int, typer.Option("--train-context", help="Bytes in one training piece.")]
 Device = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -45,6 +45,8 @@ TrainSeconds = Annotated[float, typer.Option("--train-seconds", help="Training t
 Margin = Annotated[
     float, typer.Option("--equivalence-margin", help="Bits per byte below which two models count as equal.")
 ]
+State = Annotated[str, typer.Option("--state", help="carry, or where a scored stream starts anew: cold, window.")]
+Pieces = Annotated[str, typer.Option("--split-documents", help="Cut longer documents into pieces, for example 200KiB.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
 _PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
@@ -64,6 +66,8 @@ def run(
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
     regime: Regime = "crop",
+    state: State = "carry",
+    split_documents: Pieces = "",
     match: Match = "params",
     train_seconds: TrainSeconds = 0.0,
     equivalence_margin: Margin = 0.02,
@@ -102,6 +106,8 @@ def run(
             match=match,
             train_seconds=train_seconds,
             equivalence_margin=equivalence_margin,
+            state_protocol=state,
+            split_documents=_bytes(split_documents),
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
 
@@ -117,6 +123,13 @@ def _seeds(count: int | None, one: int | None) -> tuple[int, ...]:
         return (one,)
     require_positive(seeds=1 if count is None else count)
     return tuple(range(count or 1))
+
+
+def _bytes(text: str) -> int:
+    """A size in bytes; 0 where none was given."""
+    from bdh_bench.spec import parse_bytes
+
+    return parse_bytes(text) if text else 0
 
 
 def _request(models: str, task: str, contexts: str = "", **settings: Any) -> RunSpec:
@@ -222,6 +235,7 @@ def train(
     threads: Threads = 0,
     learning_rate: Rate = 0.0,
     regime: Regime = "crop",
+    split_documents: Pieces = "",
     json_: Json = False,
 ) -> None:
     """Train one model, or find its checkpoint; print where the weights are and what they score on validation text."""
@@ -236,6 +250,7 @@ def train(
         threads=threads,
         learning_rate=learning_rate,
         regime=regime,
+        split_documents=_bytes(split_documents),
     )
     if len(request.models) != 1:
         raise SpecError(f"got {len(request.models)} models · expected one")

@@ -48,6 +48,48 @@ _TABLE = (
         "ratio",
     ),
     Metric(
+        "boundary_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "cost of a missing reset",
+        "Bits per byte of a document read after another one without a reset, less those of the document alone.",
+        "ratio",
+    ),
+    Metric(
+        "position_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per byte by position (stream)",
+        "Bits per byte of the stream's bytes from the given position up to the end of its bucket. The text differs between buckets: "
+        "compare models within a bucket, never two buckets of one model.",
+        "ratio",
+    ),
+    Metric(
+        "recall_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per byte by match distance (stream)",
+        "Bits per byte of the stream's bytes whose last 12 bytes occurred d bytes ago with the same next byte (recall), only with "
+        "another one (conflict), or not before (novel).",
+        "ratio",
+    ),
+    Metric(
+        "context_gain",
+        "bit/byte",
+        "higher",
+        "gain from context",
+        "Bits per byte of the same targets after the shortest context, less those after c bytes.",
+        "ratio",
+    ),
+    Metric(
+        "context_slope",
+        "bit/byte",
+        "lower",
+        "change per doubling of the context",
+        "Slope of the least-squares line of bits per byte of the same targets against log2 of the context, over all its contexts.",
+        "ratio",
+    ),
+    Metric(
         "state_bytes",
         "byte",
         "lower",

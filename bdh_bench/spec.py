@@ -41,6 +41,9 @@ _WORDED = ("toy", "hf", "lm_eval")
 #: Options of every family: where weights come from.
 WEIGHT_OPTIONS = ("weights", "regime", "learning_rate")
 
+#: Where the state of a scored stream is emptied: at a document's end, every training context, before every stride.
+STATE_PROTOCOLS = ("carry", "cold", "window")
+
 _OPTION = re.compile(r":(?=[A-Za-z_][A-Za-z0-9_]*=)")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
 
@@ -135,6 +138,15 @@ def parse_models(text: str) -> tuple[ModelSpec, ...]:
     return tuple(specs)
 
 
+def parse_bytes(text: str) -> int:
+    """``204800``, ``200KiB``, ``1MiB``. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d+)\s*(|KiB|MiB|GiB)\s*", text)
+    if not found:
+        raise SpecError(f"got {text!r} · expected a number of bytes", "for example 204800, 200KiB or 1MiB")
+    factor: int = 1024 ** ("", "KiB", "MiB", "GiB").index(found[2])
+    return int(found[1]) * factor
+
+
 def parse_tasks(text: str, known: Collection[str]) -> tuple[ModelSpec, ...]:
     """A comma-separated list of distinct tasks; ``known`` are the tasks there are. Raises SpecError as ``parse_models`` does."""
     parts: list[str] = []
@@ -176,8 +188,9 @@ class RunSpec:
 
     ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``match`` is the axis on which
     models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the
-    difference in bits per byte below which two models count as equal, declared before anything is measured. Raises SpecError where
-    it is none.
+    difference in bits per byte below which two models count as equal, declared before anything is measured. ``state_protocol`` says
+    where the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never).
+    Raises SpecError for a margin that is none.
     """
 
     models: tuple[str, ...]
@@ -193,6 +206,8 @@ class RunSpec:
     documents: int = 10
     smoke: bool = False
     regime: str = "crop"
+    state_protocol: str = "carry"
+    split_documents: int = 0
     match: str = "params"
     train_seconds: float = 0.0
     equivalence_margin: float = 0.02
@@ -218,6 +233,8 @@ class RunSpec:
             if key not in cls.__dataclass_fields__:
                 raise UnknownNameError("run setting", key, cls.__dataclass_fields__)
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if isinstance(fields.get("split_documents"), str):
+            fields["split_documents"] = parse_bytes(fields["split_documents"])
         return cls(**fields)
 
 

@@ -189,7 +189,7 @@ class TaskContext:
     """What a task is given beside its model: the cell, the text, and a way to say how far it is.
 
     ``context`` is the cell's own context (None where the task has no such axis), ``contexts`` all of the run.
-    ``documents`` are held-out test documents, opened for evaluation only.
+    ``documents`` are held-out test documents, opened for evaluation only. ``state_protocol`` is carry, cold or window.
     """
 
     seed: int
@@ -200,6 +200,7 @@ class TaskContext:
     weights: str
     smoke: bool
     progress: Callable[[str, float, Mapping[str, Scalar]], None]
+    state_protocol: str = "carry"
 
 
 class Exercises(Protocol):

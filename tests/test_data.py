@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import mmap
 import os
+import sys
+import tracemalloc
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -14,7 +19,11 @@ from bdh_bench.data.corpus import SPLITS, Document, name_hash, open_corpus
 from bdh_bench.data.pieces import CarriedText, TrainingText
 from bdh_bench.data.reference import order_bits, reference_lines
 from bdh_bench.data.targets import choose_longest, choose_targets
-from bdh_bench.errors import CorpusError, UnknownNameError
+from bdh_bench.errors import CorpusError, MissingExtraError, UnknownNameError
+from bdh_bench.results.store import open_run
+from bdh_bench.runner.plan import make_plan
+from bdh_bench.runner.run import prepare
+from bdh_bench.spec import RunSpec
 
 
 def test_stdlib_is_long_and_split_by_name() -> None:
@@ -171,3 +180,140 @@ def test_reference_lines_on_the_standard_library_are_ordered() -> None:
     train = np.concatenate(list(islice(TrainingText(corpus.part("train"), 256).pieces(0), 4096)))
     rows = {row["name"]: row["bits_per_byte"] for row in reference_lines(train, targets)}
     assert rows["order-0 byte model"] > rows["order-1 byte model"] > rows["order-2 byte model"] > 2
+
+
+# -- long corpora, pieces, clusters ----------------------------------------------------------------------------------------
+
+
+def test_long_files_are_mapped_and_small_ones_read(tmp_path: Path) -> None:
+    sizes = {"small": 1000, "large": 2**20 + 5, "third": 2**21}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(os.urandom(size))
+    for d in open_corpus(f"path:{tmp_path}").documents:
+        raw = (tmp_path / d.name).read_bytes()
+        assert (d.size, d.content, d.sha256) == (len(raw), raw, hashlib.sha256(raw).hexdigest())
+        assert isinstance(d.data.base, mmap.mmap | np.memmap) == (d.size >= 2**20)
+        with pytest.raises(ValueError, match="read-only"):
+            d.data[0] = 1
+
+
+def test_crops_of_a_large_corpus_take_no_memory_of_their_own(tmp_path: Path) -> None:
+    """Opening 64 MiB and drawing crops allocates less than 1 MiB: what is used stays in the file."""
+    for i in range(4):
+        (tmp_path / f"{i}").write_bytes(os.urandom(2**20) * 16)
+    documents = open_corpus(f"path:{tmp_path}").documents
+    tracemalloc.start()
+    text = TrainingText(documents, 256)
+    pieces = list(islice(text.pieces(0), 100))
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 2**20
+    assert all(any(p.tobytes() in d.content for d in documents) for p in pieces[:5])
+
+
+def test_pieces_stay_in_the_split_and_cluster_of_their_file(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_bytes(os.urandom(100 + 900 * (i % 3)))
+    whole, cut = open_corpus(f"path:{tmp_path}"), open_corpus(f"path:{tmp_path}", 300)
+    split = {d.name: d.split for d in whole.documents}
+    joined: dict[str, bytes] = {}
+    for d in cut.documents:
+        file = d.name.partition("#")[0]
+        assert (d.cluster or d.name, d.split) == (file, split[file])
+        assert d.size <= 300
+        joined[file] = joined.get(file, b"") + d.content
+    assert joined == {d.name: d.content for d in whole.documents}
+    names = [d.name for d in cut.documents if d.name.startswith("2.txt")]
+    assert names == [f"2.txt#{n:04}" for n in range(1, 8)]
+    assert "cut into pieces" in cut.notes[-1]
+    assert cut.manifest()["digest"] != whole.manifest()["digest"]
+    one = open_corpus(f"path:{tmp_path}", 10**9)
+    assert one.manifest()["documents"] == whole.manifest()["documents"]
+
+
+def test_parts_of_one_file_are_cut_too_and_stay_its_cluster(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(os.urandom(50_000))
+    corpus = open_corpus(f"path:{tmp_path}", 4000)
+    assert {d.cluster for d in corpus.documents} == {"one"}
+    assert [d.name for d in corpus.part("test")] == ["one#test#0001", "one#test#0002"]
+    for split in SPLITS:  # no piece reaches over the end of its part
+        (part,) = open_corpus(f"path:{tmp_path}").part(split)
+        assert b"".join(d.content for d in corpus.part(split)) == part.content
+
+
+def test_modules_of_a_package_are_one_cluster() -> None:
+    rows = {d["name"]: d["cluster"] for d in open_corpus("stdlib").manifest()["documents"]}
+    assert rows["json/decoder.py"] == rows["json/encoder.py"] == "json"
+    assert rows["ast.py"] == "ast"
+
+
+def test_the_manifest_of_a_run_tells_the_overlap_with_the_training_text(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}").write_bytes(os.urandom(3000))
+    corpus = open_corpus(f"path:{folder}")
+    tested, trained = corpus.part("test")[0], corpus.part("train")[0]
+    tested.path.write_bytes(tested.content[:1500] + trained.content[:1500])
+    spec = RunSpec(("toy:uniform",), ("long_ppl:block=32",), f"path:{folder}", (64,), 4096, 64)
+    run = open_run(prepare(make_plan(spec), tmp_path, None, False))
+    rows = {d["name"]: d for d in run.manifest["corpus"]["documents"]}
+    assert rows[tested.name]["overlap"] == pytest.approx(1451 / 2951, abs=1e-6)
+    assert {name for name, d in rows.items() if "overlap" in d} == {d.name for d in corpus.part("test")}
+
+
+# -- data sets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A folder that ``datasets`` reads without a network: eight rows, one of them empty."""
+    pytest.importorskip("datasets", reason="the extra hf is not installed")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    lines = [{"text": "" if i == 3 else f"naïve row {i} " * 40, "other": f"{i}"} for i in range(8)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def _quiet_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.usefixtures("_quiet_datasets")
+def test_each_row_of_a_data_set_is_a_document(rows: Path) -> None:
+    corpus = open_corpus(f"hf:{rows}")
+    assert [d.name for d in corpus.documents] == [f"train-{i}" for i in range(8) if i != 3]
+    for d in corpus.documents:
+        expected = f"naïve row {d.name[-1]} ".encode() * 40
+        assert (d.content, d.size, d.sha256) == (expected, len(expected), hashlib.sha256(expected).hexdigest())
+    assert all(corpus.part(s) for s in SPLITS)
+    other = open_corpus(f"hf:{rows}:train:column=other")
+    assert {d.content for d in other.documents} == {str(i).encode() for i in range(8)}
+    cut = open_corpus(f"hf:{rows}", 100)
+    assert b"".join(d.content for d in cut.documents if d.name.startswith("train-5")) == "naïve row 5 ".encode() * 40
+    assert {d.cluster for d in cut.documents if d.name.startswith("train-5")} == {"train-5"}
+
+
+@pytest.mark.usefixtures("_quiet_datasets")
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        (":test", "cannot open"),
+        (":column=words", "it has text, other"),
+        (":a:b", "expected hf:NAME"),
+        ("/no", "cannot open"),
+    ],
+)
+def test_what_a_data_set_does_not_have_is_said(rows: Path, rest: str, says: str) -> None:
+    with pytest.raises(CorpusError, match=says):
+        open_corpus(f"hf:{rows}{rest}")
+
+
+def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"bdh-bench\[hf\]"):
+        open_corpus("hf:anything")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,20 @@ import torch
 from bdh_bench import load_model
 from bdh_bench.data.corpus import open_corpus
 from bdh_bench.data.targets import choose_targets
-from bdh_bench.errors import CorpusError, LawError, PositionLimitError
+from bdh_bench.errors import CorpusError, LawError, PositionLimitError, SpecError
 from bdh_bench.measure import memory
 from bdh_bench.session import Streaming
 from bdh_bench.tasks import long_ppl
-from bdh_bench.tasks._scoring import Units, score_after, score_document, score_stream, spread
+from bdh_bench.tasks._scoring import (
+    Reading,
+    Units,
+    check_reset,
+    score_after,
+    score_document,
+    score_following,
+    score_stream,
+    spread,
+)
 from bdh_bench.types import Arrays, Encoding, Measurement, TaskContext
 
 
@@ -224,3 +234,154 @@ def test_the_stream_metric_is_the_ratio_over_the_stored_bits(books: Path) -> Non
         list(long_ppl.run(load_model("gpt2"), long_ppl.Config(), _context(books, (128,)))), "stream_bits_per_byte"
     )
     assert [(r.value, r.status) for r in stopped] == [(None, "unsupported")]
+
+
+# -- where the state is emptied -------------------------------------------------------------------------------------------
+
+
+_BDH = "bdh:n_layer=2:n_embd=16:n_head=2:mlp_internal_dim_multiplier=4"
+
+
+def _truth(model: Any, before: bytes, target: bytes) -> np.ndarray:
+    """Bits of target bytes after the start symbol and ``before``, by one plain forward."""
+    text = torch.tensor([10, *before, *target])
+    with torch.inference_mode():
+        logp = model.logits(text[None, :-1])[0].log_softmax(-1)
+    return (-logp[len(before) :].gather(1, text[len(before) + 1 :, None])[:, 0] / math.log(2)).numpy()
+
+
+def test_cold_and_window_read_what_they_say(books: Path) -> None:
+    model, content = load_model(_BDH), (books / "book01.txt").read_bytes()[:1000]
+    cold = score_document(model, content, Reading(300))
+    truth = np.concatenate([_truth(model, b"", content[i : i + 300]) for i in range(0, 1000, 300)])
+    assert np.abs(cold.bits - truth).max() < 1e-3
+    window = score_document(model, content, Reading(64, 200))
+    truth = np.concatenate(
+        [_truth(model, content[max(0, i - 200) : i], content[i : i + 64]) for i in range(0, 1000, 64)]
+    )
+    assert np.abs(window.bits - truth).max() < 1e-3
+    assert window.byte_count == cold.byte_count == 1000
+    assert np.abs(window.bits - cold.bits).max() > 1e-3
+
+
+def test_tokens_stay_whole_in_cold_blocks_and_the_ledger_closes() -> None:
+    content = b"0123456789" * 10 + b"x"
+    for start in (0, None):
+        for reading in (Reading(7), Reading(7, 5)):
+            units = score_document(Pairs(start), content, reading)
+            assert units.byte_count == len(content) - (2 if start is None else 0)
+            assert len(units.bits) == 51 - (start is None)
+
+
+def test_a_position_limit_holds_for_a_stretch_and_not_for_the_text(books: Path) -> None:
+    model, content = load_model("gpt2"), (books / "book00.txt").read_bytes()[:2000]
+    assert score_document(model, content, Reading(256)).byte_count == 2000
+    assert score_document(model, content, Reading(64, 192)).byte_count == 2000
+    with pytest.raises(PositionLimitError):
+        score_document(model, content, Reading(512))
+
+
+@pytest.mark.parametrize(
+    ("state", "metric_id"),
+    [
+        ("carry", "bpb@stream,state=carry"),
+        ("cold", "bpb@stream,state=cold,block=64"),
+        ("window", "bpb@window=64,stride=16"),
+    ],
+)
+def test_the_state_protocol_is_part_of_the_identity(books: Path, state: str, metric_id: str) -> None:
+    context = replace(_context(books, (128,)), state_protocol=state)
+    items = list(long_ppl.run(load_model("toy:uniform"), long_ppl.Config(stride=16), context))
+    rows = _rows(items, "stream_bits_per_byte")
+    assert {r.metric_id for r in rows} == {metric_id}
+    assert {(r.value, r.weight) for r in rows} == {(8.0, 1024.0)}  # 16 training contexts of 64
+    with pytest.raises(SpecError, match="stride=64"):
+        list(long_ppl.run(load_model("toy:uniform"), long_ppl.Config(), replace(context, state_protocol="window")))
+
+
+# -- the edge of a document -----------------------------------------------------------------------------------------------
+
+
+class Leaky(Streaming, torch.nn.Module):
+    """Likes the bytes that it has ever read, in any session: ``session()`` begins with what another one left behind."""
+
+    vocab_size = 256
+    trainable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = torch.zeros(256)
+
+    def memory(self, batch_size: int) -> Any:
+        return load_model("toy:uniform").memory(batch_size)
+
+    def advance(self, memory: Any, position: int, tokens: torch.Tensor, keep: Any) -> torch.Tensor:
+        self.seen.index_add_(0, tokens.flatten(), torch.ones(tokens.numel()))
+        return self.seen.log1p().expand(*(tokens if keep == "all" else tokens[:, -1:]).shape, 256)
+
+    def state_bytes(self, batch_size: int, context: int) -> int:
+        return 0
+
+
+def test_a_planted_leak_is_found_and_stores_nothing(books: Path) -> None:
+    with pytest.raises(LawError, match="leaks between documents"):
+        list(long_ppl.run(Leaky(), long_ppl.Config(), _context(books, (128,))))
+
+
+@pytest.mark.parametrize(
+    "name", [_BDH, "gpt2", "mamba", "llama:d_model=16:n_layer=1:n_head=2", "ngram_cache", "toy:copy"]
+)
+def test_scores_are_bit_equal_after_any_other_text(name: str) -> None:
+    model = load_model(name)
+    for seed in range(3):
+        text = np.random.default_rng(seed).integers(0, 256, (2, 200)).astype(np.uint8)
+        check_reset(model, text[0].tobytes(), text[1].tobytes())
+
+
+def test_the_boundary_probe_is_the_cost_of_not_emptying_the_state(books: Path) -> None:
+    model, context = load_model(_BDH), _context(books, (128,))
+    items = list(long_ppl.run(model, long_ppl.Config(stream_bytes=300, boundary=1), context))
+    rows = _rows(items, "boundary_bits_per_byte")
+    texts = [(d.name, d.content[:300]) for d in context.documents]
+    assert [r.sample for r in rows] == [name for name, _ in texts]
+    for index, (_, text) in enumerate(texts):
+        joined = _truth(model, texts[index - 1][1] + b"\n", text)
+        expected = float((joined - _truth(model, b"", text)).mean())
+        assert rows[index].value == pytest.approx(expected, abs=2e-6)
+        assert np.abs(score_following(model, texts[index - 1][1], text) - joined).max() < 1e-3
+    long = context.documents[0].content[:1300]  # longer than what is read at a time
+    assert np.abs(score_following(model, long, text) - _truth(model, long + b"\n", text)).max() < 1e-3
+    uniform = list(long_ppl.run(load_model("toy:uniform"), long_ppl.Config(boundary=1), context))
+    assert {r.value for r in _rows(uniform, "boundary_bits_per_byte")} == {0.0}
+    short = list(long_ppl.run(load_model("gpt2"), long_ppl.Config(stream_bytes=300, boundary=1), context))
+    assert [r.status for r in _rows(short, "boundary_bits_per_byte")] == ["unsupported"]
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+class Counting(Streaming, torch.nn.Module):
+    """Uniform; counts the tokens that it reads."""
+
+    vocab_size = 256
+    tokens_read = 0
+
+    def memory(self, batch_size: int) -> Any:
+        return load_model("toy:uniform").memory(batch_size)
+
+    def advance(self, memory: Any, position: int, tokens: torch.Tensor, keep: Any) -> torch.Tensor:
+        self.tokens_read += tokens.numel()
+        return torch.zeros(*(tokens if keep == "all" else tokens[:, -1:]).shape, 256)
+
+    def state_bytes(self, batch_size: int, context: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_the_sweep_costs_what_the_protocol_says(books: Path, blocks: int) -> None:
+    contexts, block = (128, 256, 512, 1024, 2048), 128
+    model, context = Counting(), _context(books, contexts)
+    list(long_ppl.run(model, long_ppl.Config(block, blocks, stream_bytes=100), context))
+    gate, stream = 3 * 100, 100 * len(context.documents)
+    per_document = (model.tokens_read - gate - stream) / len(context.documents)
+    assert per_document == pytest.approx(blocks * (2 * 2048 + len(contexts) * block), rel=0.05)

@@ -203,11 +203,13 @@ def test_cells_change_with_what_changes_their_numbers(books: Path) -> None:
         {"seeds": (1,)},
         {"models": ("bdh:n_layer=2",)},
         {"documents": 1},
+        {"state_protocol": "cold"},
+        {"split_documents": 2000},
     ):
         keys.add(make_plan(RunSpec(**{**base.__dict__, **changed})).cells[0].key)
     (books / "book00.txt").write_text("another text " * 300)
     keys.add(make_plan(base).cells[0].key)
-    assert len(keys) == 7
+    assert len(keys) == 9
     latency = RunSpec(("bdh",), ("latency",), train_bytes=1)
     assert make_plan(latency).cells == make_plan(RunSpec(("bdh",), ("latency",), train_bytes=2)).cells  # never trains
 
@@ -243,6 +245,11 @@ def test_the_training_regime_reaches_the_weights_the_reference_lines_and_the_rep
     assert "--regime carried" in cell_command(run, run.cells[0])
 
 
+def test_where_a_stream_starts_anew_is_part_of_the_printed_command() -> None:
+    spec = RunSpec(("bdh",), ("long_ppl",), state_protocol="cold", split_documents=204_800)
+    assert command_line(spec).endswith("--state cold --split-documents 204800")
+
+
 def _models_of(run: Run) -> tuple[Any, Any]:
     table = models_table(run)
     return table.columns, table.rows[0]
@@ -262,6 +269,7 @@ def _models_of(run: Run) -> tuple[Any, Any]:
         RunSpec(("bdh:weights=/no/file",), ("memory",)),
         RunSpec(("bdh",), ("memory",), device="tpu"),
         RunSpec(("bdh",), ("long_ppl",), regime="carry"),
+        RunSpec(("bdh",), ("long_ppl",), state_protocol="warm"),
     ],
 )
 def test_impossible_requests_fail_before_anything_is_written(spec: RunSpec) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bdh_bench.errors import SpecError, UnknownNameError
-from bdh_bench.spec import RunSpec, from_toml, parse_contexts, parse_model, parse_models, to_toml
+from bdh_bench.spec import RunSpec, from_toml, parse_bytes, parse_contexts, parse_model, parse_models, to_toml
 
 _DESIGN_EXAMPLE = "bdh,gpt2@25m,mamba:state_size=32,hf:gpt2,hf:./checkpoint,toy:uniform"
 
@@ -93,6 +93,14 @@ def test_a_request_survives_toml(tmp_path: Path) -> None:
     assert RunSpec.from_mapping({"models": ["bdh"], "tasks": ["memory"]}).regime == "crop"  # as recorded before regimes
     with pytest.raises(UnknownNameError):
         RunSpec.from_mapping({"modles": ["bdh"]})
+
+
+def test_sizes_in_bytes_are_read_with_their_unit() -> None:
+    assert [parse_bytes(text) for text in ("7", "200KiB", " 2 MiB", "1GiB")] == [7, 204_800, 2**21, 2**30]
+    assert RunSpec.from_mapping({"models": ["bdh"], "tasks": [], "split_documents": "4KiB"}).split_documents == 4096
+    for wrong in ("", "-1", "2KB", "1.5MiB", "KiB"):
+        with pytest.raises(SpecError, match="number of bytes"):
+            parse_bytes(wrong)
 
 
 def test_declarations_are_part_of_the_request() -> None:

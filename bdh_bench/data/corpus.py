@@ -2,7 +2,10 @@
 
 Bytes are the unit. A corpus is a list of documents, split by a hash of the document's name, so that a file lands in the same
 split under every Python version. ``stdlib`` is the source text of the running Python's standard library (tests, encodings tables
-and installed packages left out); ``path:`` is a folder or a file. The manifest (names, bytes, sha256, split) goes into every run.
+and installed packages left out); ``path:`` is a folder or a file; ``hf:`` a data set of the ``datasets`` library (``hub``). Long
+files are mapped, not read, so that a corpus may be larger than memory. ``split_bytes`` cuts documents into pieces ``file#0001`` that
+stay in the split of their file. Documents that share a file or a top-level package share a ``cluster``: they are not independent. The
+manifest (names, bytes, sha256, split, cluster) goes into every run.
 """
 
 from __future__ import annotations
@@ -10,36 +13,82 @@ from __future__ import annotations
 import hashlib
 import platform
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bdh_bench.errors import CorpusError, UnknownNameError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__", "lib2to3"}
+_MAPPED = 2**20  # bytes from which on a file is mapped: a mapping takes a file handle, and there are not many
 _GAP = 1024  # bytes between two pieces of one file, so that a sentence is not in two splits
 
 
 @dataclass(frozen=True)
 class Document:
-    """A name and where its bytes are: ``path`` from ``start`` to ``stop`` (None: to the end)."""
+    """A name and where its bytes are: ``path`` from ``start`` to ``stop`` (None: to the end). ``cluster`` "" is the name itself."""
 
     name: str
     path: Path
     start: int = 0
     stop: int | None = None
     split: Split = "train"
+    cluster: str = ""
 
     @cached_property
+    def size(self) -> int:
+        """Bytes, without reading them. Raises CorpusError."""
+        return len(range(self._file_size())[self.start : self.stop])
+
+    @cached_property
+    def data(self) -> NDArray[np.uint8]:
+        """The raw bytes, read-only; those of a long file are mapped and stay on disk until they are used. Raises CorpusError."""
+        import numpy as np  # here, so that a listing starts without it
+
+        stop = self.start + self.size
+        if self._file_size() >= _MAPPED:
+            with suppress(OSError):  # no file handle is left: read instead
+                whole = np.memmap(self.path, dtype=np.uint8, mode="r")
+                return whole[self.start : stop].view(np.ndarray)
+        return np.frombuffer(b"".join(self._parts()), dtype=np.uint8)
+
+    @property
     def content(self) -> bytes:
-        """The raw bytes, read at first use. Raises CorpusError."""
+        """A copy of the raw bytes. Raises CorpusError."""
+        return self.data.tobytes()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the raw bytes, read a part at a time. Raises CorpusError."""
+        digest = hashlib.sha256()
+        for part in self._parts():
+            digest.update(part)
+        return digest.hexdigest()
+
+    def _file_size(self) -> int:
         try:
-            return self.path.read_bytes()[self.start : self.stop]
+            return self.path.stat().st_size
+        except OSError as error:
+            raise CorpusError(f"cannot read {self.path}: {error.strerror}", "check the --data path") from error
+
+    def _parts(self) -> Iterator[bytes]:
+        left = self.size
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                while left and (part := file.read(min(left, _MAPPED))):
+                    left -= len(part)
+                    yield part
         except OSError as error:
             raise CorpusError(f"cannot read {self.path}: {error.strerror}", "check the --data path") from error
 
@@ -62,9 +111,10 @@ class Corpus:
         documents = [
             {
                 "name": d.name,
-                "bytes": len(d.content),
-                "sha256": hashlib.sha256(d.content).hexdigest(),
+                "bytes": d.size,
+                "sha256": d.sha256,
                 "split": d.split,
+                "cluster": d.cluster or d.name,
             }
             for d in self.documents
         ]
@@ -79,19 +129,47 @@ class Corpus:
         }
 
 
-def open_corpus(spec: str) -> Corpus:
-    """The corpus that ``spec`` names: ``stdlib`` or ``path:DIR|FILE``. Raises CorpusError, UnknownNameError."""
+def open_corpus(spec: str, split_bytes: int = 0) -> Corpus:
+    """The corpus that ``spec`` names: ``stdlib``, ``path:DIR|FILE`` or ``hf:NAME[:SPLIT]``.
+
+    Documents longer than ``split_bytes`` come in pieces (0: whole). Raises CorpusError, MissingExtraError, UnknownNameError.
+    """
+    kind, _, rest = spec.partition(":")
     if spec == "stdlib":
-        return _split("stdlib", _stdlib_files(), (60, 10, 30))
-    if spec.startswith("path:"):
-        return _split(spec, _files_below(Path(spec.removeprefix("path:")).expanduser()), (80, 10, 10))
-    raise UnknownNameError("corpus", spec, ("stdlib", "path:DIR", "path:FILE"))
+        corpus = _split("stdlib", _stdlib_files(), (60, 10, 30))
+    elif kind == "path" and rest:
+        corpus = _split(spec, _files_below(Path(rest).expanduser()), (80, 10, 10))
+    elif kind == "hf" and rest:
+        from bdh_bench.data.hub import rows_of
+
+        corpus = _split(spec, rows_of(rest), (80, 10, 10))
+    else:
+        raise UnknownNameError("corpus", spec, ("stdlib", "path:DIR", "path:FILE", "hf:NAME"))
+    return _in_pieces(corpus, split_bytes) if split_bytes else corpus
+
+
+def _in_pieces(corpus: Corpus, size: int) -> Corpus:
+    """The same text with every longer document cut into pieces of ``size`` bytes (the last one shorter)."""
+    pieces: list[Document] = []
+    for d in corpus.documents:
+        if d.size <= size:
+            pieces.append(d)
+            continue
+        for number, start in enumerate(range(0, d.size, size), 1):
+            stop = d.start + min(start + size, d.size)
+            cut = replace(
+                d, name=f"{d.name}#{number:04}", start=d.start + start, stop=stop, cluster=d.cluster or d.name
+            )
+            pieces.append(cut)
+    note = f"documents longer than {size:,} bytes are cut into pieces of that length"
+    return replace(corpus, documents=tuple(pieces), notes=(*corpus.notes, note))
 
 
 def _stdlib_files() -> list[Document]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
-    return [Document(p.relative_to(root).as_posix(), p) for p in files if p.stat().st_size]
+    found = [(p.relative_to(root), p) for p in files if p.stat().st_size]
+    return [Document(r.as_posix(), p, cluster=r.parts[0].removesuffix(".py")) for r, p in found]
 
 
 def _files_below(path: Path) -> list[Document]:
@@ -150,7 +228,7 @@ def _move_one_into(split: Split, documents: list[Document]) -> tuple[list[Docume
 
 def _cut(document: Document) -> Iterable[Document]:
     """80/10/10 of one file as ``file#part``. Raises CorpusError where it is too short to be cut."""
-    size = len(document.content)
+    size = document.size
     if size < 20 * _GAP:
         raise CorpusError(
             f"{document.path} has {size:,} bytes · expected at least {20 * _GAP:,} where there are fewer than 3 documents",
@@ -159,4 +237,6 @@ def _cut(document: Document) -> Iterable[Document]:
     edges = (0, size * 80 // 100, size * 90 // 100, size)
     for split, start, stop in zip(SPLITS, edges, edges[1:], strict=False):
         stop = stop if stop == size else stop - _GAP
-        yield Document(f"{document.name}#{split}", document.path, start, stop, split)
+        yield replace(
+            document, name=f"{document.name}#{split}", start=start, stop=stop, split=split, cluster=document.name
+        )

@@ -21,20 +21,19 @@ from bdh_bench.errors import CorpusError
 
 
 class TrainingText:
-    """The training documents joined end to end, with crops that never cross a document's edge."""
+    """The training documents, with crops that never cross a document's edge. Nothing is copied or read before it is a piece."""
 
     def __init__(self, documents: Sequence[Document], length: int) -> None:
-        contents = [d.content for d in documents if len(d.content) >= length]
-        if not contents:
+        self._documents = [d for d in documents if d.size >= length]
+        if not self._documents:
             raise CorpusError(
                 f"no training document holds a piece of {length:,} bytes",
                 "use longer documents or a shorter --train-context",
             )
         self.length = length
-        self.text = np.frombuffer(b"".join(contents), dtype=np.uint8)
-        sizes = np.array([len(c) for c in contents])
-        self._starts = np.concatenate(([0], np.cumsum(sizes)[:-1]))
-        self._crops = np.cumsum(sizes - length + 1)  # how many crops begin in documents up to this one
+        self._crops = np.cumsum(
+            [d.size - length + 1 for d in self._documents]
+        )  # crops that begin in documents up to this one
 
     def pieces(self, seed: int, skip: int = 0) -> Iterator[NDArray[np.uint8]]:
         """An endless sequence of crops (T,); every crop is as likely as any other. ``skip`` crops are passed over."""
@@ -45,9 +44,8 @@ class TrainingText:
                     skip -= 1
                     continue
                 document = int(np.searchsorted(self._crops, number, side="right"))
-                before = self._crops[document - 1] if document else 0
-                start = self._starts[document] + number - before
-                yield self.text[start : start + self.length]
+                start = int(number - self._crops[document - 1]) if document else int(number)
+                yield self._documents[document].data[start : start + self.length]
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,16 @@ class CarriedText:
 
     def __init__(self, documents: Sequence[Document], rows: int, length: int, limit: int | None = None) -> None:
         step = rows * length
-        contents = [d.content for d in documents if len(d.content) >= step]
+        contents = [d for d in documents if d.size >= step]
         if not contents:
             raise CorpusError(
                 f"no training document holds {rows} rows of {length:,} bytes",
                 "use longer documents, a shorter --train-context or --regime crop",
             )
         self.rows, self.length = rows, length
-        self._pieces = [len(c) // step for c in contents]
+        self._pieces = [d.size // step for d in contents]
         self._tables = [  # (B, bytes of a stretch)
-            np.frombuffer(c, dtype=np.uint8)[: n * step].reshape(rows, n * length)
-            for c, n in zip(contents, self._pieces, strict=True)
+            d.data[: n * step].reshape(rows, n * length) for d, n in zip(contents, self._pieces, strict=True)
         ]
         self._carried = (
             max(1, limit // length) if limit else max(self._pieces)

@@ -21,7 +21,7 @@ _UNIFORM = 1.0 / 256.0
 def reference_lines(train: NDArray[np.uint8], targets: Targets) -> Iterator[dict[str, Any]]:
     """One row per reference: name, bits_per_byte, n_bytes, target_hash, meaning."""
     blocks = [
-        _with_context(d.content, p, targets) for d, s in zip(targets.documents, targets.starts, strict=True) for p in s
+        _with_context(d.data, p, targets) for d, s in zip(targets.documents, targets.starts, strict=True) for p in s
     ]
     scored = len(blocks) * targets.block
     common = {"n_bytes": scored, "target_hash": targets.hash}
@@ -34,8 +34,8 @@ def reference_lines(train: NDArray[np.uint8], targets: Targets) -> Iterator[dict
     yield {"name": "zlib", "bits_per_byte": bits, "meaning": meaning, **common}
 
 
-def _with_context(content: bytes, start: int, targets: Targets) -> bytes:
-    return content[start - targets.longest : start + targets.block]
+def _with_context(text: NDArray[np.uint8], start: int, targets: Targets) -> bytes:
+    return text[start - targets.longest : start + targets.block].tobytes()
 
 
 def _zlib_bits(block: bytes, longest: int) -> float:

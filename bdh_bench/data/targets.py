@@ -9,11 +9,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from bdh_bench.data.corpus import Document, name_hash
 from bdh_bench.errors import CorpusError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 _ALIGNMENT_REACH = 64
+_STREAM_CONTEXTS = 16
 _WHITESPACE = b" \t\n\r\v\f"
 
 
@@ -32,9 +38,8 @@ class Targets:
         """Over (document sha, p_j, S): points with equal hashes scored identical bytes."""
         digest = hashlib.sha256()
         for document, starts in zip(self.documents, self.starts, strict=True):
-            sha = hashlib.sha256(document.content).hexdigest()
             for start in starts:
-                digest.update(f"{sha} {start} {self.block}\n".encode())
+                digest.update(f"{document.sha256} {start} {self.block}\n".encode())
         return digest.hexdigest()[:16]
 
 
@@ -43,12 +48,17 @@ def needed_bytes(longest: int, block: int) -> int:
     return longest + block + _ALIGNMENT_REACH
 
 
+def stream_bytes(asked: int, train_context: int) -> int:
+    """How many bytes of a document are scored as a stream: those asked for (0: 16 training contexts)."""
+    return asked or _STREAM_CONTEXTS * train_context
+
+
 def choose_longest(documents: Sequence[Document], contexts: Sequence[int], block: int, wanted: int) -> tuple[int, ...]:
     """The contexts for which at least ``wanted`` documents are long enough (or one, where the text has no more).
 
     Raises CorpusError where even the shortest context does not fit into any document.
     """
-    sizes = sorted((len(d.content) for d in documents), reverse=True)
+    sizes = sorted((d.size for d in documents), reverse=True)
     enough = sizes[min(wanted, len(sizes)) - 1]
     kept = tuple(c for c in contexts if needed_bytes(c, block) <= enough)
     kept = kept or tuple(c for c in contexts[:1] if needed_bytes(c, block) <= sizes[0])
@@ -63,7 +73,7 @@ def choose_longest(documents: Sequence[Document], contexts: Sequence[int], block
 
 def choose_targets(documents: Sequence[Document], longest: int, block: int, blocks: int, most: int) -> Targets:
     """Blocks in up to ``most`` documents that are long enough, chosen by the hash of their name."""
-    fitting = [d for d in documents if len(d.content) >= needed_bytes(longest, block)]
+    fitting = [d for d in documents if d.size >= needed_bytes(longest, block)]
     if not fitting:
         raise CorpusError(f"no document holds {needed_bytes(longest, block):,} bytes", "use a shorter --contexts")
     chosen = tuple(sorted(sorted(fitting, key=lambda d: name_hash(d.name))[:most], key=lambda d: d.name))
@@ -72,8 +82,8 @@ def choose_targets(documents: Sequence[Document], longest: int, block: int, bloc
     for document in chosen:
         starts: list[int] = []
         for j in range(blocks):
-            room = len(document.content) - longest - block - _ALIGNMENT_REACH
-            start, aligned = _after_whitespace(document.content, longest + j * room // blocks)
+            room = document.size - longest - block - _ALIGNMENT_REACH
+            start, aligned = _after_whitespace(document.data, longest + j * room // blocks)
             unaligned += not aligned
             if start not in starts:  # a document with little room would score a block twice
                 starts.append(start)
@@ -81,8 +91,9 @@ def choose_targets(documents: Sequence[Document], longest: int, block: int, bloc
     return Targets(chosen, tuple(all_starts), block, longest, unaligned)
 
 
-def _after_whitespace(content: bytes, start: int) -> tuple[int, bool]:
-    for offset in range(_ALIGNMENT_REACH + 1):
-        if content[start + offset - 1] in _WHITESPACE:
+def _after_whitespace(text: NDArray[np.uint8], start: int) -> tuple[int, bool]:
+    before = text[start - 1 : start + _ALIGNMENT_REACH].tobytes()
+    for offset, byte in enumerate(before):
+        if byte in _WHITESPACE:
             return start + offset, True
     return start, False

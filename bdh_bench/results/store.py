@@ -1,6 +1,7 @@
 """What is on disk, and how is it written so that nothing is lost?
 
     runs/<run_id>/run.json                       manifest: request, cells, corpus, environment; written once, atomically
+    runs/<run_id>/texts.npz                      what depends on the texts alone: classes of every scored byte; written once
     runs/<run_id>/events/<writer>.jsonl          append-only; one writer per file; one event = one line = one write + fsync
     runs/<run_id>/cells/<cell>/<attempt>/        log and arrays of one attempt; created exclusively
     runs/<run_id>/leases/<cell>                  who is working on a cell
@@ -72,8 +73,11 @@ def _fsync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def create_run(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Create ``folder`` with its run.json. Raises StoreError, leaving nothing behind, where that is not possible."""
+def create_run(folder: Path, manifest: Mapping[str, Any], texts: Mapping[str, Any] | None = None) -> None:
+    """Create ``folder`` with its run.json, and the arrays ``texts`` before it.
+
+    Raises StoreError, leaving nothing behind, where that is not possible.
+    """
     existed = folder.exists()
     try:
         (folder / "events").mkdir(parents=True, exist_ok=True)
@@ -84,13 +88,29 @@ def create_run(folder: Path, manifest: Mapping[str, Any]) -> None:
             f"cannot create {folder}: {error.strerror or error}", "choose a writable folder with --runs"
         ) from error
     try:
+        if texts is not None:
+            _write_arrays(folder / "texts.npz", texts)
         write_atomically(folder / "run.json", canonical({"v": SCHEMA_VERSION, **manifest}, indent=1))
     except StoreError:
         if not existed:
+            (folder / "texts.npz").unlink(missing_ok=True)
             for name in ("events", "cells", "leases"):
                 (folder / name).rmdir()
             folder.rmdir()
         raise
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    import numpy as np
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(f"cannot write {path}: {error.strerror or error}", "check space and permissions") from error
 
 
 def canonical(value: Any, indent: int | None = None) -> str:

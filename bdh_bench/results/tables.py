@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench.metrics import METRICS
 from bdh_bench.results import statistics
 from bdh_bench.results.display import GAP, interval, quantity
+from bdh_bench.results.reductions import derived_records
 from bdh_bench.results.store import Run
 from bdh_bench.types import MEASURED_STATUSES, Record, Scalar
 
@@ -64,9 +65,9 @@ FIELDS = tuple(field.name for field in fields(Point))
 
 
 def points_of(run: Run) -> tuple[Point, ...]:
-    """All points of a run in the order of its plan; points over seeds follow those of single seeds."""
+    """All points of a run in the order of its plan, those derived from stored arrays, and then points over seeds."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in run.records:
+    for record in (*run.records, *derived_records(run)):
         groups.setdefault(_identity(record), []).append(record)
     clusters = clusters_of(run)
     single = [_reduced(records, clusters) for records in groups.values()]
@@ -303,7 +304,10 @@ def _value_table(id_: str, task: str, metric: str, group: Sequence[Point]) -> Ta
     body = tuple(
         (Entry(name), *(_entry(by_context.get(context)) for context in contexts)) for name, by_context in rows.items()
     )
-    columns = ("model", *(f"c = {context:,}" if context else "any c" for context in contexts))
+    begins = len(contexts) > 1 and any(
+        p.context == 0 and p.value is not None for p in group
+    )  # 0 is a context among others
+    columns = ("model", *(f"c = {context:,}" if context or begins else "any c" for context in contexts))
     label = known.label if known else metric
     return Table(id_, f"{task}: {label}", known.meaning if known else "", columns, body, _scope(metric, group))
 

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, Document, open_corpus
-from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes
+from bdh_bench.data.targets import choose_longest, choose_targets, needed_bytes, stream_bytes
 from bdh_bench.errors import CheckpointError, CorpusError, SpecError, UnknownNameError
 from bdh_bench.results.store import canonical
 from bdh_bench.runner.recipes import check_training
+from bdh_bench.runner.texts import Texts
 from bdh_bench.sources import source_digest
-from bdh_bench.spec import ModelSpec, RunSpec, parse_model
+from bdh_bench.spec import STATE_PROTOCOLS, ModelSpec, RunSpec, parse_model
 from bdh_bench.training.recipe import Recipe
 from bdh_bench.types import Cell
 from bdh_bench.weights import inspect, named_digest
@@ -43,6 +44,7 @@ class Plan:
     corpus: dict[str, Any] | None
     references: tuple[dict[str, Any], ...]
     labels: tuple[str, ...]
+    texts: Texts | None = None
 
     def manifest(self, run_id: str, created: str, environment: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
@@ -65,14 +67,14 @@ def cell_json(cell: Cell) -> dict[str, Any]:
     """A planned cell as it stands in run.json."""
     model, task = parse_model(cell.model), parse_model(cell.task)
     entry = registry.find("models", model.family)
-    named = entry.defaults.get("words") or entry.defaults.get("needs_name")
-    sized = "" if named else (model.size or "quick")
+    kind = str(entry.defaults.get("kind", ""))  # "yardstick": read beside the models, never ranked among them
+    unsized = entry.defaults.get("words") or entry.defaults.get("needs_name") or kind == "yardstick"
     return {
         "key": cell.key,
         "model": cell.model,
         "family": model.family,
-        "kind": str(entry.defaults.get("kind", "")),
-        "size": sized,
+        "kind": kind,
+        "size": "" if unsized else (model.size or "quick"),
         "task": cell.task,
         "seed": cell.seed,
         "context": cell.context,
@@ -93,7 +95,13 @@ def command_line(spec: RunSpec) -> str:
         parts += ["--seeds", str(len(spec.seeds))] if len(spec.seeds) > 1 else []
     else:
         parts += ["--seed", str(spec.seeds[0])]
-    for flag, name in (("--device", "device"), ("--threads", "threads"), ("--documents", "documents")):
+    for flag, name in (
+        ("--device", "device"),
+        ("--threads", "threads"),
+        ("--documents", "documents"),
+        ("--state", "state_protocol"),
+        ("--split-documents", "split_documents"),
+    ):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
     for flag, name in (("--regime", "regime"), ("--match", "match")):
@@ -121,10 +129,14 @@ def make_plan(spec: RunSpec) -> Plan:
         _check_plugin(registry.find("tasks", task.family))
         registry.task_values(task)
     _check_device(spec.device)
+    if spec.state_protocol not in STATE_PROTOCOLS:
+        raise UnknownNameError("state protocol", spec.state_protocol, STATE_PROTOCOLS)
     check_training(spec, models)
     outside = {str(t): _outside(t) for t in tasks}
     reading = [t for t in tasks if _facts(t).get("reads")]
-    corpus = open_corpus(spec.data) if reading or any(_facts(t).get("trains") for t in tasks) else None
+    corpus = (
+        open_corpus(spec.data, spec.split_documents) if reading or any(_facts(t).get("trains") for t in tasks) else None
+    )
     contexts = {str(t): _contexts(t, spec, corpus) for t in tasks}
     labels = list(corpus.labels) if corpus else []
     references: tuple[dict[str, Any], ...] = ()
@@ -135,7 +147,8 @@ def make_plan(spec: RunSpec) -> Plan:
     elif spec.smoke and corpus is not None:
         labels += ["smoke"] if "smoke" not in labels else []
     cells = tuple(_cells(spec, models, tasks, contexts, manifest["digest"] if manifest else "", outside))
-    return Plan(spec, cells, contexts, manifest, references, tuple(labels))
+    texts = _texts(spec, corpus, [(contexts[str(t)], _config(t)) for t in reading]) if corpus is not None else None
+    return Plan(spec, cells, contexts, manifest, references, tuple(labels), texts)
 
 
 def _facts(task: ModelSpec) -> dict[str, Any]:
@@ -203,7 +216,7 @@ def _contexts(task: ModelSpec, spec: RunSpec, corpus: Corpus | None) -> tuple[in
     block = int(config.get("block", 0))
     test = corpus.part("test")
     if spec.contexts:  # asked for: none is dropped silently
-        longest = max(len(d.content) for d in test)
+        longest = max(d.size for d in test)
         if needed_bytes(max(wanted), block) > longest:
             raise CorpusError(
                 f"a context of {max(wanted):,} needs a document of {needed_bytes(max(wanted), block):,} bytes · the longest test "
@@ -237,19 +250,36 @@ def _references(
     return tuple(reference_lines(train, targets)), len(targets.documents) < _FULL_DOCUMENTS
 
 
+def _texts(spec: RunSpec, corpus: Corpus, asked: Sequence[tuple[tuple[int, ...], dict[str, Any]]]) -> Texts | None:
+    """The documents that any task scores as a stream, and how much of them; None where no task does."""
+    streams = [(own, config) for own, config in asked if "stream_bytes" in config]
+    if not streams:
+        return None
+    chosen = {d.name: d for own, config in streams for d in test_documents(corpus, own, config, spec.documents)}
+    lengths = [stream_bytes(config["stream_bytes"], spec.train_context) for _, config in streams]
+    scored = tuple(chosen[name] for name in sorted(chosen))
+    return Texts(scored, corpus.part("train"), max(lengths))
+
+
 def _training_bytes(spec: RunSpec, documents: tuple[Document, ...]) -> NDArray[np.uint8]:
     """What a model without a position limit reads in training, in that order."""
     import numpy as np
 
+    return np.concatenate(list(training_rows(spec, documents, spec.seeds[0])))
+
+
+def training_rows(spec: RunSpec, documents: tuple[Document, ...], seed: int) -> Iterator[NDArray[np.uint8]]:
+    """The budget of training bytes in rows of consecutive bytes, as a model without a position limit reads them."""
     from bdh_bench.data.pieces import CarriedText, TrainingText
 
-    seed, length = spec.seeds[0], spec.train_context
-    rows = Recipe(spec.train_bytes, length, 0.0, seed).batch(length) if spec.regime == "carried" else 1
-    count = max(1, spec.train_bytes // (rows * length))
+    length = spec.train_context
+    recipe = Recipe(spec.train_bytes, length, 0.0, seed)
+    rows, steps = recipe.batch(length), recipe.steps(length)
     if spec.regime == "carried":
-        carried = islice(CarriedText(documents, rows, length).pieces(seed), count)
-        return np.concatenate([piece.targets.ravel() for piece in carried])
-    return np.concatenate(list(islice(TrainingText(documents, length).pieces(seed), count)))
+        for piece in islice(CarriedText(documents, rows, length).pieces(seed), steps):
+            yield from piece.targets
+    else:
+        yield from islice(TrainingText(documents, length).pieces(seed), rows * steps)
 
 
 def test_documents(corpus: Corpus, contexts: Sequence[int], config: dict[str, Any], most: int) -> tuple[Document, ...]:
@@ -301,12 +331,14 @@ def _cell(
     if path := model.option("weights"):
         inputs["weights"] = inspect(path).digest()
     if facts.get("reads"):
-        inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents}
+        inputs |= {"contexts": contexts, "data": data_digest, "documents": spec.documents, "state": spec.state_protocol}
     if registry.find("models", model.family).defaults.get("needs_name"):
         inputs["checkpoint"] = named_digest(model.name)
     if facts.get("trains") or facts.get("practises"):
         inputs |= {"data": data_digest}
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
+    if spec.match not in ("params", "bytes"):  # what the model gets follows from the others
+        inputs |= {"match": spec.match, "reference": spec.models, "train_seconds": spec.train_seconds}
     if facts["outside"]:
         inputs |= {"outside": facts["outside"]}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()

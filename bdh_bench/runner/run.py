@@ -37,7 +37,14 @@ def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
             raise SpecError(f"the code or the text has changed since run {run_id!r} was started", "start a new run")
         return folder
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    create_run(folder, plan.manifest(run_id, created, environment()))
+    manifest = plan.manifest(run_id, created, environment())
+    if plan.texts is not None and plan.corpus is not None:
+        shares = plan.texts.overlap()
+        rows = [
+            row | {"overlap": shares[row["name"]]} if row["name"] in shares else row for row in plan.corpus["documents"]
+        ]
+        manifest["corpus"] = plan.corpus | {"documents": rows}
+    create_run(folder, manifest, plan.texts.arrays() if plan.texts is not None else None)
     return folder
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, open_corpus
 from bdh_bench.errors import SpecError
 from bdh_bench.loading import load_model
+from bdh_bench.measure.clock import now_s
 from bdh_bench.measure.host import native_bfloat16
 from bdh_bench.runner.matching import matched_bytes, matched_model
+from bdh_bench.runner.plan import training_rows
 from bdh_bench.runner.recipes import check_training, rate_of, regime_of
 from bdh_bench.session import fingerprint
 from bdh_bench.sources import source_digest
@@ -22,6 +25,10 @@ from bdh_bench.training.pilot import bytes_in
 from bdh_bench.training.practice import practise
 from bdh_bench.training.recipe import Recipe, checkpoint_key, continued
 from bdh_bench.types import Exercises
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Progress = Callable[[str, float, dict[str, Any]], None]
 
@@ -103,6 +110,30 @@ def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def fit(model: Any, spec: RunSpec, seed: int, corpus: Corpus) -> dict[str, Any]:
+    """Let a model that learns without gradient read the bytes that the others are trained on; return what it read."""
+    started, read = now_s(), hashlib.sha256()
+    count = 0
+
+    def rows() -> Iterator[NDArray[np.uint8]]:
+        nonlocal count
+        for row in training_rows(spec, corpus.part("train"), seed):
+            count += len(row)
+            read.update(row.tobytes())
+            yield row
+
+    model.fit(rows())
+    return {
+        "bytes": count,
+        "context": spec.train_context,
+        "regime": spec.regime,
+        "seed": seed,
+        "seconds": round(now_s() - started, 3),
+        "read_sha256": read.hexdigest(),
+        "sha256": fingerprint(model),
+    }
+
+
 def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     """Train the one model of a request on its own, outside any run. Returns report, parameters and the weights' path."""
     import torch
@@ -112,7 +143,7 @@ def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     model_spec = parse_model(spec.models[0])
     registry.check(model_spec)
     check_training(spec, (model_spec,))
-    corpus = open_corpus(spec.data)
+    corpus = open_corpus(spec.data, spec.split_documents)
     built = matched_model(spec, model_spec)
     model = load_model(built, device=spec.device, seed=spec.seeds[0], train_context=spec.train_context)
     if not getattr(model, "trainable", True):

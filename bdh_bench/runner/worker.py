@@ -131,7 +131,7 @@ def _results(
 
     from bdh_bench.loading import load_model
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
-    from bdh_bench.runner.training import practise_or_load, train_or_load
+    from bdh_bench.runner.training import fit, practise_or_load, train_or_load
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -144,7 +144,7 @@ def _results(
     model = load_model(built, device=spec.device, seed=cell.seed, train_context=spec.train_context)
     facts |= _model_facts(model, model_spec, spec.train_context)
     facts["threads"] = torch.get_num_threads()
-    corpus = open_corpus(spec.data) if about.get("reads") or about.get("trains") else None
+    corpus = open_corpus(spec.data, spec.split_documents) if about.get("reads") or about.get("trains") else None
     if (
         about.get("trains")
         and corpus is not None
@@ -154,6 +154,10 @@ def _results(
         report = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
         facts["training"] = {**report, "flops": training_flops_per_byte(model, spec.train_context) * report["bytes"]}
         facts["weights"] = "trained"
+        facts["checkpoint"] = facts["training"]["sha256"]
+    elif about.get("trains") and corpus is not None and hasattr(model, "fit"):  # statistics, without gradient
+        facts["training"] = fit(model, spec, cell.seed, corpus)
+        facts["weights"] = "fitted"
         facts["checkpoint"] = facts["training"]["sha256"]
     if _practises(about, asdict(config)) and getattr(model, "trainable", True) and not model_spec.option("weights"):
         documents = corpus.part("train") if corpus is not None else ()
@@ -170,6 +174,7 @@ def _results(
         weights=str(facts["weights"]),
         smoke=spec.smoke,
         progress=_say,
+        state_protocol=spec.state_protocol,
     )
     evaluated = now_s()
     yield from task.run(model, config, context)

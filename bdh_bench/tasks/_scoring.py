@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdh_bench.errors import LawError, PositionLimitError
+from bdh_bench.types import Encoding
 
 PIECE = 512  # tokens per extend: bounds what is held, changes no score
 
@@ -97,38 +98,122 @@ def _score_rows(model: Any, contexts: NDArray[Any], targets: NDArray[Any]) -> ND
     return bits(logits, torch.from_numpy(targets.astype(np.int64)).to(logits.device))
 
 
-@torch.inference_mode()
-def score_stream(model: Any, content: bytes) -> Iterator[Units]:
-    """Bits of every token of a text, in order, from an empty state; at most ``PIECE`` units at a time.
+@dataclass(frozen=True)
+class Reading:
+    """Where the state of a stream is emptied: before every ``stride`` bytes, of which up to ``before`` bytes are read again.
 
-    What is held depends on the model's state and the raw text alone. Raises PositionLimitError before anything is read where the
-    text is longer than the model's positions.
+    ``stride`` 0 is ``carry``: never inside a text. ``before`` 0 is ``cold``, else ``window`` of ``before + stride`` bytes.
+    """
+
+    stride: int = 0
+    before: int = 0
+
+    @property
+    def metric_id(self) -> str:
+        """The protocol as part of a metric's identity."""
+        if not self.stride:
+            return "bpb@stream,state=carry"
+        if not self.before:
+            return f"bpb@stream,state=cold,block={self.stride}"
+        return f"bpb@window={self.before + self.stride},stride={self.stride}"
+
+
+CARRY = Reading()
+
+
+@torch.inference_mode()
+def score_stream(model: Any, content: bytes, reading: Reading = CARRY) -> Iterator[Units]:
+    """Bits of every token of a text, in order; at most ``PIECE`` units at a time.
+
+    What is held depends on the model's state and the raw text alone. Raises PositionLimitError before anything is read where a
+    stretch is longer than the model's positions.
     """
     encoding = model.tokenizer.encode(content) if model.tokenizer is not None else None
     ids = np.frombuffer(content, dtype=np.uint8) if encoding is None else encoding.ids
-    skipped = int(model.start_symbol is None)
-    limit = model.max_positions
-    if limit is not None and len(ids) - skipped > limit:
-        raise PositionLimitError(f"a text of {len(ids):,} tokens needs more than its {limit:,} positions")
-    session, device = model.session(1), _device(model)
-    for first in range(skipped, len(ids), PIECE):
-        last = min(first + PIECE, len(ids))
-        before = ids[first - 1 : first] if first else np.array([model.start_symbol])
-        read = np.concatenate((before, ids[first : last - 1])).astype(np.int64)
-        logits = session.extend(torch.from_numpy(read)[None].to(device), keep="all")
-        scored = bits(logits, torch.from_numpy(ids[first:last].astype(np.int64))[None].to(device))[0]
-        if encoding is None:
-            yield Units(scored, np.arange(first + 1, last + 1), first)
-        else:
-            yield Units(scored, encoding.ends[first:last], int(encoding.ends[first - 1]) if first else 0)
+    segments = list(_segments(ids, encoding, reading)) if len(ids) else []
+    skipped = int(model.start_symbol is None)  # a model without start symbol starts from a token of the text
+    limit, longest = model.max_positions, max((last - max(read, skipped) for read, _, last in segments), default=0)
+    if limit is not None and longest > limit:
+        raise PositionLimitError(f"a text of {longest:,} tokens needs more than its {limit:,} positions")
+    for read, first, last in segments:
+        session = model.session(1)
+        for a, scored in _score_segment(model, session, ids, (max(read, skipped), max(first, skipped), last)):
+            b = a + len(scored)
+            if encoding is None:
+                yield Units(scored, np.arange(a + 1, b + 1), a)
+            else:
+                yield Units(scored, encoding.ends[a:b], int(encoding.ends[a - 1]) if a else 0)
 
 
-def score_document(model: Any, content: bytes) -> Units:
+def _segments(ids: NDArray[Any], encoding: Encoding | None, reading: Reading) -> Iterator[tuple[int, int, int]]:
+    """(first token read, first token scored, end) of each stretch that begins with an empty state."""
+    if not reading.stride:
+        yield 0, 0, len(ids)
+        return
+    starts = np.arange(len(ids)) if encoding is None else np.concatenate(([0], encoding.ends[:-1]))
+    block = starts // reading.stride
+    edges = [0, *(np.flatnonzero(np.diff(block)) + 1).tolist(), len(starts)]
+    for first, last in pairwise(edges):
+        reach = int(block[first]) * reading.stride - reading.before
+        yield min(int(np.searchsorted(starts, reach)), first) if reading.before else first, first, last
+
+
+def _score_segment(
+    model: Any, session: Any, ids: NDArray[Any], segment: tuple[int, int, int]
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(number of the first token, bits) of the scored tokens of a segment, read by ``session`` on from what it knows."""
+    read, first, last = segment
+    device = _device(model)
+
+    def known(a: int, b: int) -> Tensor:
+        """What is read before each of the tokens a … b − 1, (1, b − a)."""
+        starts = a == read and model.start_symbol is not None
+        before = np.array([model.start_symbol]) if starts else ids[a - 1 : a]
+        return torch.from_numpy(np.concatenate((before, ids[a : b - 1])).astype(np.int64))[None].to(device)
+
+    for a in range(read, first, PIECE):
+        session.extend(known(a, min(a + PIECE, first)), keep="last")
+    for a in range(first, last, PIECE):
+        b = min(a + PIECE, last)
+        logits = session.extend(known(a, b), keep="all")
+        yield a, bits(logits, torch.from_numpy(ids[a:b].astype(np.int64))[None].to(device))[0]
+
+
+@torch.inference_mode()
+def score_following(model: Any, before: bytes, content: bytes) -> NDArray[np.float32]:
+    """Bits per token of a text that is read with its start symbol after another one, the state not emptied in between."""
+    first, second = (
+        np.frombuffer(text, dtype=np.uint8) if model.tokenizer is None else model.tokenizer.encode(text).ids
+        for text in (before, content)
+    )
+    start = [model.start_symbol] if model.start_symbol is not None else []
+    session, known = model.session(1), np.concatenate((start, first)).astype(np.int64)
+    for a in range(0, len(known), PIECE):
+        session.extend(torch.from_numpy(known[a : a + PIECE])[None].to(_device(model)), keep="last")
+    skipped = 1 - len(start)
+    return np.concatenate([s for _, s in _score_segment(model, session, second, (skipped, skipped, len(second)))])
+
+
+def check_reset(model: Any, first: bytes, second: bytes) -> None:
+    """Gate: a text scores the same, bit for bit, whatever was scored before it. Raises LawError."""
+    alone = np.concatenate([units.bits for units in score_stream(model, first)])
+    for _ in score_stream(model, second):
+        pass
+    again = np.concatenate([units.bits for units in score_stream(model, first)])
+    if not np.array_equal(alone, again, equal_nan=True):
+        raise LawError(
+            f"a state leaks between documents: the same {len(first):,} bytes score up to {np.abs(alone - again).max():.3g} bits "
+            "apart before and after another text",
+            "let session() begin with an empty memory of its own",
+        )
+
+
+def score_document(model: Any, content: bytes, reading: Reading = CARRY) -> Units:
     """All units of a text as one, after the ledger was closed: every raw byte is paid for once, but those of a skipped unit.
 
     Raises LawError for a ledger that does not close, PositionLimitError for a model that is too short.
     """
-    parts = list(score_stream(model, content))
+    parts = list(score_stream(model, content, reading))
     if not parts:
         return Units(np.empty(0, np.float32), np.empty(0, np.int64), len(content))
     joined = Units(np.concatenate([p.bits for p in parts]), np.concatenate([p.ends for p in parts]), parts[0].start)

@@ -5,8 +5,15 @@ context c the model reads the start symbol and the c bytes before the block from
 scored. Targets are identical for every context and every model; ``target_hash`` says so. A model with a position limit P is scored
 at c ≤ P − S and is drawn as stopped beyond; inputs are never truncated.
 
-Stream score: the first ``stream_bytes`` of each document, read once from an empty state to the end; every byte is scored once. A model
-with a position limit that ends before is ``unsupported`` there too.
+Stream score: the first ``stream_bytes`` of each document (default: 16 training contexts), every byte scored once. ``--state`` says
+where the state is emptied: ``carry`` never, ``cold`` every training context, ``window`` before each ``stride`` bytes, after a second
+reading of the bytes before them (``window`` in all, default: the training context). A model with a position limit that ends before
+is ``unsupported`` there too. The bits of every byte are kept: position buckets and recall slices are made of them at reading time.
+
+Boundary probe (``boundary=1``): what a document costs more when another one was read before it and the state was not emptied.
+
+Cost per document: K · (2·C_max + |C|·S) bytes for the sweep over powers of two, and the stream. The defaults (K = 2) suit two cores; for
+a ranking take ``long_ppl:blocks=8`` and at least 20 documents.
 
 With a tokenizer of its own a model is scored on the same raw bytes (``_scoring``): a block is encoded apart from its context. A
 tokenizer that joins a space to the word behind it pays for a block that begins after a space; the stream score has no such seam.
@@ -23,9 +30,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bdh_bench.data.targets import Targets, choose_targets
-from bdh_bench.errors import PositionLimitError
-from bdh_bench.tasks._scoring import score_after, score_document
+from bdh_bench.data.targets import Targets, choose_targets, stream_bytes
+from bdh_bench.errors import PositionLimitError, SpecError
+from bdh_bench.tasks._scoring import CARRY, Reading, check_reset, score_after, score_document, score_following
 from bdh_bench.types import Arrays, Measurement, TaskContext
 
 DEFAULTS = {
@@ -33,19 +40,23 @@ DEFAULTS = {
     "cell_axes": ("seed",),
     "trains": True,
     "reads": True,
-    "context_factors": (0.5, 1, 2, 4, 8),
+    "context_factors": (0.5, 1, 2, 4, 8, 16),
 }
 
 _STATE_BUDGET_BYTES = 2**29  # streams are scored together while their states fit into this
+_GATE_BYTES = 256  # of each of two texts, to see whether a state leaks from one to the next
 
 
 @dataclass(frozen=True)
 class Config:
-    """``block`` is S, ``blocks`` is K; ``stream_bytes`` of each document are scored as a stream."""
+    """``block`` is S, ``blocks`` is K. 0 stands for 16 training contexts (``stream_bytes``) and for one (``window``)."""
 
     block: int = 128
     blocks: int = 2
-    stream_bytes: int = 8192
+    stream_bytes: int = 0
+    window: int = 0
+    stride: int = 64
+    boundary: int = 0
 
 
 def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measurement | Arrays]:
@@ -53,8 +64,28 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     targets = choose_targets(
         context.documents, max(context.contexts), config.block, config.blocks, most=len(context.documents)
     )
+    reading = _reading(config, context)
+    length = stream_bytes(config.stream_bytes, context.train_context)
+    texts = [d.data[:length].tobytes() for d in targets.documents]
+    check_reset(
+        model, *(text[: min(_GATE_BYTES, model.max_positions or _GATE_BYTES)] for text in (texts[0], texts[-1]))
+    )
     yield from _sweep(model, targets, context)
-    yield from _streams(model, targets, config, context)
+    yield from _streams(model, targets, texts, reading, context)
+    if config.boundary:
+        yield from _boundary(model, targets, texts, context)
+
+
+def _reading(config: Config, context: TaskContext) -> Reading:
+    """Where the state of a stream is emptied. Raises SpecError for a stride longer than its window."""
+    if context.state_protocol == "cold":
+        return Reading(context.train_context)
+    if context.state_protocol == "carry":
+        return CARRY
+    window = config.window or context.train_context
+    if config.stride >= window:
+        raise SpecError(f"got stride={config.stride} · expected less than the window of {window} bytes")
+    return Reading(config.stride, window - config.stride)
 
 
 def _sweep(model: Any, targets: Targets, context: TaskContext) -> Iterator[Measurement | Arrays]:
@@ -88,7 +119,7 @@ def _sweep(model: Any, targets: Targets, context: TaskContext) -> Iterator[Measu
 def _score(model: Any, targets: Targets, length: int) -> NDArray[np.float32]:
     """Bits of every target byte, (blocks, S)."""
     texts = [
-        np.frombuffer(d.content[p - length : p + targets.block], dtype=np.uint8)
+        d.data[p - length : p + targets.block]
         for d, starts in zip(targets.documents, targets.starts, strict=True)
         for p in starts
     ]
@@ -99,14 +130,15 @@ def _score(model: Any, targets: Targets, length: int) -> NDArray[np.float32]:
     return np.concatenate([score_after(model, part[:, :length], part[:, length:]) for part in parts])
 
 
-def _streams(model: Any, targets: Targets, config: Config, context: TaskContext) -> Iterator[Measurement | Arrays]:
-    name, metric_id = "stream_bits_per_byte", "bpb@stream,state=carry"
+def _streams(
+    model: Any, targets: Targets, texts: list[bytes], reading: Reading, context: TaskContext
+) -> Iterator[Measurement | Arrays]:
+    name, metric_id = "stream_bits_per_byte", reading.metric_id
     arrays: dict[str, NDArray[Any]] = {}
-    for index, document in enumerate(targets.documents):
-        context.progress("stream", index / len(targets.documents), {})
-        content = document.content[: config.stream_bytes]
+    for index, (document, content) in enumerate(zip(targets.documents, texts, strict=True)):
+        context.progress("stream", index / len(texts), {})
         try:
-            units = score_document(model, content)
+            units = score_document(model, content, reading)
         except PositionLimitError as error:
             yield Measurement(name, None, 0, metric_id=metric_id, status="unsupported", reason=str(error))
             return
@@ -114,4 +146,29 @@ def _streams(model: Any, targets: Targets, config: Config, context: TaskContext)
         if paid:
             yield Measurement(name, total / paid, 0, sample=document.name, weight=float(paid), metric_id=metric_id)
         arrays |= {f"bits_{index}": units.bits, f"ends_{index}": units.ends}
-    yield Arrays("stream", {"documents": np.array([d.name for d in targets.documents]), **arrays})
+        arrays[f"start_{index}"] = np.array(units.start)
+    yield Arrays(
+        "stream",
+        {
+            "documents": np.array([d.name for d in targets.documents]),
+            "train_context": np.array(context.train_context),
+            "metric_id": np.array(metric_id),
+            **arrays,
+        },
+    )
+
+
+def _boundary(model: Any, targets: Targets, texts: list[bytes], context: TaskContext) -> Iterator[Measurement]:
+    """Bits per byte of each document after another one without a reset, less those of the document alone."""
+    name, metric_id = "boundary_bits_per_byte", "bpb@boundary,state=carry"
+    for index, (document, content) in enumerate(zip(targets.documents, texts, strict=True)):
+        context.progress("boundary", index / len(texts), {})
+        try:
+            alone = score_document(model, content)
+            after = score_following(model, texts[index - 1], content)
+        except PositionLimitError as error:
+            yield Measurement(name, None, 0, metric_id=metric_id, status="unsupported", reason=str(error))
+            return
+        worse = float(after.astype(np.float64).sum() - alone.bits.astype(np.float64).sum())
+        paid = alone.byte_count
+        yield Measurement(name, worse / paid, 0, sample=document.name, weight=float(paid), metric_id=metric_id)

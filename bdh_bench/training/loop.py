@@ -399,7 +399,7 @@ def validation_bits(model: Any, documents: tuple[Document, ...], recipe: Recipe)
 
     None where no document is long enough.
     """
-    if not any(len(d.content) >= recipe.context for d in documents):
+    if not any(d.size >= recipe.context for d in documents):
         return None
     text = TrainingText(documents, recipe.context)
     device = next(model.parameters()).device
