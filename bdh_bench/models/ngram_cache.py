@@ -30,7 +30,12 @@ from bdh_bench.models._growing import GrowingMemory
 from bdh_bench.session import Streaming
 from bdh_bench.types import Keep
 
-DEFAULTS = {"kind": "yardstick", "learning_rate": 0.0, "position_limit": "none"}
+DEFAULTS = {
+    "kind": "yardstick",
+    "architecture": "counts of the training text and of the context, and the longest match; nothing is learnt by gradient",
+    "learning_rate": 0.0,
+    "position_limit": "none",
+}
 
 _REACH = 8  # bytes of context in a sortable key; a match is at least as long
 _LONGEST_MATCH = 32

@@ -38,6 +38,7 @@ from bdh_bench.results.decisions import (
 )
 from bdh_bench.results.display import GAP, count, number, signed, signed_interval
 from bdh_bench.results.fairness import Card, card_of
+from bdh_bench.results.reductions import DERIVED
 from bdh_bench.results.resampling import RESAMPLES, SEED, Samples
 from bdh_bench.results.significance import PValue
 from bdh_bench.results.statistics import Estimate
@@ -132,8 +133,8 @@ def _of_pair(facts: Facts, first: str, second: str, card: Card, enough: Sufficie
 
 
 def _comparable(point: Point) -> bool:
-    """Bits per byte, and shares of trials: what has independent samples and a direction."""
-    known = METRICS.get(point.metric)
+    """Bits per byte, and shares of trials: what was measured, on independent samples, and has a direction."""
+    known = None if point.metric in DERIVED else METRICS.get(point.metric)
     return known is not None and (known.unit == _BITS or known.reduction == "share") and known.better != "neither"
 
 

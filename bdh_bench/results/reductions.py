@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bdh_bench.results.store import CellOutcome, Run
 
 SWEEP, STREAM = "bits_per_byte", "stream_bits_per_byte"
+#: What this file makes. Shown with intervals, and never tested: the same bits would be asked the same question many times.
+DERIVED = frozenset({"position_bits_per_byte", "recall_bits_per_byte", "context_gain", "context_slope"})
 _FIRST_EDGE = 64
 _CONFLICT, _NOVEL = -1, 0  # classes that are no distance; below them: excluded
 _CARRIED = "bpb@stream,state=carry"
