@@ -209,7 +209,8 @@ class Exercises(Protocol):
     identity   names the generator and all its settings; part of the key of trained weights
     rows       examples in a batch
     cap        most examples that are practised; ``enough`` is the accuracy on validation batches at which practice ends
-    share      of the steps that go on with the text that the model was trained on before (0: only examples)
+    share_of_text  of the steps go on with the text that the model was trained on before (0: only examples)
+    learning_rate  where neither the model's name nor the run gives one
     """
 
     identity: str
@@ -217,6 +218,7 @@ class Exercises(Protocol):
     cap: int
     enough: float
     share_of_text: float
+    learning_rate: float
 
     def batch(self, split: str, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Tokens (rows, T) and answers (rows, T), -1 where a token is no answer; ``split`` is train, validation or test."""

@@ -275,7 +275,7 @@ def test_passages_are_the_same_for_every_model_and_unlike_each_other() -> None:
 class Parrot:
     """One answer: the last token is the one before it."""
 
-    identity, rows, cap, enough, share_of_text = "parrot", 16, 16 * 400, 0.99, 0.0
+    identity, rows, cap, enough, share_of_text, learning_rate = "parrot", 16, 16 * 400, 0.99, 0.0, 5e-3
 
     def batch(self, split: str, index: int) -> tuple[Any, Any]:
         random = np.random.default_rng([index, len(split)])
@@ -314,6 +314,21 @@ def test_what_cannot_be_learnt_reaches_the_cap_and_says_so() -> None:
     _, report = _practised(Noise())
     assert not report["mastered"]
     assert report["steps"] == 100
+
+
+def test_exercises_bring_a_rate_that_a_name_or_a_run_may_overrule() -> None:
+    class Slow(Parrot):
+        identity, cap = "slow", 16 * 100
+
+    assert _practised(Slow(), learning_rate=0.0)[1]["learning_rate"] == Slow.learning_rate
+    assert _practised(Slow(), learning_rate=2e-2)[1]["learning_rate"] == 2e-2
+
+
+def test_dense_examples_ask_at_every_place() -> None:
+    ids = recall.symbols_of(load_model("toy:uniform"))
+    tokens, answers, _ = recall.examples(ids, 64, 4, 10, recall.Config(), "train", 0, dense=True)
+    assert ((answers != NO_ANSWER).sum(1) == 28).all()
+    assert (choices(Lookup(), tokens, answers) == answers).all()
 
 
 def test_other_exercises_are_other_weights() -> None:

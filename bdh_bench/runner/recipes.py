@@ -20,11 +20,11 @@ def regime_of(model: ModelSpec, spec: RunSpec) -> str:
     return regime
 
 
-def rate_of(model: ModelSpec, spec: RunSpec) -> float:
-    """The peak learning rate of one model: its own option, that of the run, or the family's default. Raises SpecError."""
+def rate_of(model: ModelSpec, spec: RunSpec, usual: float = 0.0) -> float:
+    """The peak learning rate of one model: its own option, that of the run, ``usual``, or the family's default. Raises SpecError."""
     own = model.option("learning_rate")
     rate = _number(own) if own else spec.learning_rate
-    rate = rate or float(registry.find("models", model.family).defaults.get("learning_rate", 0.0))
+    rate = rate or usual or float(registry.find("models", model.family).defaults.get("learning_rate", 0.0))
     if not rate > 0:
         got = f"got learning_rate={own}" if own else f"{model.family} has no default learning rate"
         raise SpecError(f"{got} · expected a number greater than 0", "give learning_rate=… or --learning-rate")

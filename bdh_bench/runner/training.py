@@ -60,7 +60,8 @@ def practise_or_load(
     progress: Progress,
 ) -> dict[str, Any]:
     """Let ``model`` practise for a task, going on from the weights that it has; return the report."""
-    recipe = replace(_recipe(model_spec, spec, seed, exercises.cap, "crop"), start=fingerprint(model))
+    recipe = _recipe(model_spec, spec, seed, exercises.cap, "crop")
+    recipe = replace(recipe, start=fingerprint(model), learning_rate=rate_of(model_spec, spec, exercises.learning_rate))
     documents = corpus.part("train") if corpus is not None else ()
     code = source_digest(
         registry.find("models", model_spec.family).module, "bdh_bench.training.practice", type(exercises).__module__

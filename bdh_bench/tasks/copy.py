@@ -59,7 +59,7 @@ def examples(model: Any, size: int, count: int, config: Config, *identity: str |
 class Practice:
     """The practised examples; see ``types.Exercises``."""
 
-    enough, share_of_text = 0.99, 0.0
+    enough, share_of_text, learning_rate = 0.99, 0.0, 1e-3
 
     def __init__(self, model: Any, config: Config) -> None:
         self.model, self.config, self.rows, self.cap = model, config, config.batch, config.cap

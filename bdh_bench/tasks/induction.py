@@ -62,7 +62,7 @@ def examples(model: Any, length: int, count: int, *identity: str | int) -> tuple
 class Practice:
     """The practised examples; see ``types.Exercises``."""
 
-    enough, share_of_text = 0.99, 0.0
+    enough, share_of_text, learning_rate = 0.99, 0.0, 1e-3
 
     def __init__(self, model: Any, config: Config) -> None:
         self.model, self.rows, self.cap = model, config.batch, config.cap

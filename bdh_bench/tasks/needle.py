@@ -99,7 +99,7 @@ def _hay(room: int, haystack: int, documents: tuple[Any, ...], random: np.random
 class Practice:
     """Short prompts mixed into text, one step in ten; see ``types.Exercises``."""
 
-    enough, share_of_text = 0.95, 0.9
+    enough, share_of_text, learning_rate = 0.95, 0.9, 1e-3
 
     def __init__(self, config: Config, documents: tuple[Any, ...], longest: int) -> None:
         self.config, self.documents, self.longest = config, documents, longest

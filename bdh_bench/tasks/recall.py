@@ -33,9 +33,17 @@ DEFAULTS = {
     "reads": False,
 }
 
-#: (length, pairs) and how often each comes in practice.
-_MIX = ((64, 4), (32, 4), (64, 8), (64, 4), (128, 16), (64, 16))
-_MIX_LARGE = ((64, 4), (64, 4), (64, 4), (128, 8), (256, 16), (256, 32), (64, 4), (64, 4), (256, 64))
+#: (length, pairs, whether every place behind the pairs is a question) and how often each comes in practice.
+_MIX = ((64, 4, True), (64, 4, True), (64, 4, False), (64, 8, True), (64, 16, True), (128, 16, False))
+_MIX_LARGE = (
+    (64, 4, True),
+    (64, 4, False),
+    (128, 8, True),
+    (256, 16, True),
+    (64, 4, True),
+    (256, 32, True),
+    (256, 64, False),
+)
 _PAIRS = (4, 8, 16, 32, 64, 128, 256)
 _LENGTHS = (64, 128, 256, 512, 1024)
 _AXIS_PAIRS = 16
@@ -47,8 +55,8 @@ class Config:
     """``sequences`` per test cell; ``cap`` practised examples at the most; ``forgetting`` writes every key twice."""
 
     sequences: int = 200
-    cap: int = 100_000
-    batch: int = 64
+    cap: int = 300_000
+    batch: int = 32
     forgetting: int = 0
 
 
@@ -71,9 +79,9 @@ def symbols_of(model: Any) -> Symbols:
 
 
 def example(
-    ids: Symbols, length: int, pairs: int, forgetting: bool, random: np.random.Generator
+    ids: Symbols, length: int, pairs: int, forgetting: bool, dense: bool, random: np.random.Generator
 ) -> tuple[Ids, Ids, Ids]:
-    """Tokens, answers and stale answers (T,) of one example; NO_ANSWER where there is none."""
+    """Tokens, answers and stale answers (T,) of one example; NO_ANSWER where there is none. ``dense`` asks at every place."""
     written = 2 if forgetting else 1
     keys = random.permutation(ids.keys)[:pairs]
     first = random.permutation(len(ids.values))[:pairs]
@@ -89,22 +97,25 @@ def example(
     slots = (length - at) // 2
     if slots < pairs:
         raise ValueError(f"{pairs} questions do not fit behind {at} tokens of an example of {length}")
-    chance = _POWER * np.arange(1, slots + 1) ** (_POWER - 1)
-    for slot, pair in zip(
-        random.choice(slots, pairs, replace=False, p=chance / chance.sum()), random.permutation(pairs), strict=True
-    ):
-        place = at + 2 * int(slot)
+    if dense:
+        asked = zip(range(slots), random.integers(pairs, size=slots), strict=True)
+    else:
+        chance = _POWER * np.arange(1, slots + 1) ** (_POWER - 1)
+        chosen = random.choice(slots, pairs, replace=False, p=chance / chance.sum())
+        asked = zip(chosen.tolist(), random.permutation(pairs), strict=True)
+    for slot, pair in asked:
+        place = at + 2 * slot
         tokens[place : place + 2] = keys[pair], values[-1, pair]
         answers[place + 1], stale[place + 1] = values[-1, pair], values[0, pair]
     return tokens, answers, stale if forgetting else np.full(length, NO_ANSWER)
 
 
 def examples(
-    ids: Symbols, length: int, pairs: int, count: int, config: Config, *identity: str | int
+    ids: Symbols, length: int, pairs: int, count: int, config: Config, *identity: str | int, dense: bool = False
 ) -> tuple[Ids, Ids, Ids]:
     """``count`` examples (B, T), made from ``identity`` and what they are."""
-    random = generator("recall", config.forgetting, length, pairs, *identity)
-    made = [example(ids, length, pairs, bool(config.forgetting), random) for _ in range(count)]
+    random = generator("recall", config.forgetting, length, pairs, dense, *identity)
+    made = [example(ids, length, pairs, bool(config.forgetting), dense, random) for _ in range(count)]
     tokens, answers, stale = (np.stack(part) for part in zip(*made, strict=True))
     return tokens, answers, stale
 
@@ -112,7 +123,7 @@ def examples(
 class Mix:
     """The practised examples; see ``types.Exercises``."""
 
-    enough, share_of_text = 0.99, 0.0
+    enough, share_of_text, learning_rate = 0.99, 0.0, 1e-3
 
     def __init__(self, model: Any, config: Config) -> None:
         self.ids, self.config = symbols_of(model), config
@@ -121,10 +132,10 @@ class Mix:
         self.identity = f"recall {config} {len(self.ids.keys)} keys {self.mix}"
 
     def batch(self, split: str, index: int) -> tuple[Ids, Ids]:
-        length, pairs = self.mix[index % len(self.mix)] if split == "train" else self.mix[0]
+        length, pairs, dense = self.mix[index % len(self.mix)] if split == "train" else (64, 4, False)
         if self.config.forgetting:  # twice the pairs are written into the same length
-            pairs = max(1, pairs // 2)
-        tokens, answers, _ = examples(self.ids, length, pairs, self.rows, self.config, split, index)
+            pairs //= 2
+        tokens, answers, _ = examples(self.ids, length, pairs, self.rows, self.config, split, index, dense=dense)
         return tokens, answers
 
 
