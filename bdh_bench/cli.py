@@ -46,6 +46,7 @@ Margin = Annotated[
     float, typer.Option("--equivalence-margin", help="Bits per byte below which two models count as equal.")
 ]
 State = Annotated[str, typer.Option("--state", help="carry, or where a scored stream starts anew: cold, window.")]
+Gate = Annotated[str, typer.Option("--gate", help="Length of the correctness gates: standard or full.")]
 Pieces = Annotated[str, typer.Option("--split-documents", help="Cut longer documents into pieces, for example 200KiB.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
@@ -71,6 +72,7 @@ def run(
     match: Match = "params",
     train_seconds: TrainSeconds = 0.0,
     equivalence_margin: Margin = 0.02,
+    gate: Gate = "standard",
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -107,6 +109,7 @@ def run(
             train_seconds=train_seconds,
             equivalence_margin=equivalence_margin,
             state_protocol=state,
+            gate=gate,
             split_documents=_bytes(split_documents),
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)

@@ -88,6 +88,15 @@ class SessionError(BenchError):
 
 
 class LawError(BenchError):
-    """A law that every model must obey was broken; no number is stored for it."""
+    """A law that every model must obey was broken; no number is stored for it.
+
+    ``gate`` names the gate that found it, with what it measured and what it allows, where it has such numbers.
+    """
 
     exit_code = 6
+
+    def __init__(
+        self, message: str, hint: str = "", gate: str = "", error: float | None = None, bound: float | None = None
+    ) -> None:
+        super().__init__(message, hint)
+        self.gate, self.error, self.bound = gate, error, bound

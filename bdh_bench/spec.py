@@ -44,6 +44,9 @@ WEIGHT_OPTIONS = ("weights", "regime", "learning_rate")
 #: Where the state of a scored stream is emptied: at a document's end, every training context, before every stride.
 STATE_PROTOCOLS = ("carry", "cold", "window")
 
+#: How much is checked of a model before its numbers are stored (``runner.gates``).
+GATES = ("standard", "full")
+
 _OPTION = re.compile(r":(?=[A-Za-z_][A-Za-z0-9_]*=)")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*\Z")
 
@@ -189,7 +192,8 @@ class RunSpec:
     ``contexts`` empty means each task's own default; ``train_bytes`` and ``train_context`` are in bytes. ``match`` is the axis on which
     models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the
     difference in bits per byte below which two models count as equal, declared before anything is measured. ``state_protocol`` says
-    where the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never).
+    where the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never);
+    ``gate`` says how long the texts of the correctness gates are.
     Raises SpecError for a margin that is none.
     """
 
@@ -211,6 +215,7 @@ class RunSpec:
     match: str = "params"
     train_seconds: float = 0.0
     equivalence_margin: float = 0.02
+    gate: str = "standard"
 
     def __post_init__(self) -> None:
         require_positive(equivalence_margin=self.equivalence_margin)

@@ -186,10 +186,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a task is given beside its model: the cell, the text, and a way to say how far it is.
+    """What a task is given beside its model: the cell, the text, a way to say how far it is and which gates were passed.
 
     ``context`` is the cell's own context (None where the task has no such axis), ``contexts`` all of the run.
     ``documents`` are held-out test documents, opened for evaluation only. ``state_protocol`` is carry, cold or window.
+    ``passed(gate, error, bound)`` notes a gate of the task's own; one that fails is a LawError.
     """
 
     seed: int
@@ -201,6 +202,7 @@ class TaskContext:
     smoke: bool
     progress: Callable[[str, float, Mapping[str, Scalar]], None]
     state_protocol: str = "carry"
+    passed: Callable[[str, float, float], None] = lambda gate, error, bound: None
 
 
 class Exercises(Protocol):

@@ -22,7 +22,7 @@ from bdh_bench.results.store import canonical
 from bdh_bench.runner.recipes import check_training
 from bdh_bench.runner.texts import Texts
 from bdh_bench.sources import source_digest
-from bdh_bench.spec import STATE_PROTOCOLS, ModelSpec, RunSpec, parse_model
+from bdh_bench.spec import GATES, STATE_PROTOCOLS, ModelSpec, RunSpec, parse_model
 from bdh_bench.training.recipe import Recipe
 from bdh_bench.types import Cell
 from bdh_bench.weights import inspect, named_digest
@@ -104,7 +104,7 @@ def command_line(spec: RunSpec) -> str:
     ):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
-    for flag, name in (("--regime", "regime"), ("--match", "match")):
+    for flag, name in (("--regime", "regime"), ("--match", "match"), ("--gate", "gate")):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, getattr(spec, name)]
     if spec.train_seconds:
@@ -131,6 +131,8 @@ def make_plan(spec: RunSpec) -> Plan:
     _check_device(spec.device)
     if spec.state_protocol not in STATE_PROTOCOLS:
         raise UnknownNameError("state protocol", spec.state_protocol, STATE_PROTOCOLS)
+    if spec.gate not in GATES:
+        raise UnknownNameError("gate", spec.gate, GATES)
     check_training(spec, models)
     outside = {str(t): _outside(t) for t in tasks}
     reading = [t for t in tasks if _facts(t).get("reads")]
@@ -339,6 +341,8 @@ def _cell(
         inputs |= {"train_bytes": spec.train_bytes, "learning_rate": spec.learning_rate, "regime": spec.regime}
     if spec.match not in ("params", "bytes"):  # what the model gets follows from the others
         inputs |= {"match": spec.match, "reference": spec.models, "train_seconds": spec.train_seconds}
+    if spec.gate == "full":  # what it finds is a failure in place of a number
+        inputs |= {"gate": spec.gate}
     if facts["outside"]:
         inputs |= {"outside": facts["outside"]}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()

@@ -71,7 +71,10 @@ def _outcome(cell: Cell, spec: RunSpec, contexts: tuple[int, ...], files: Path) 
     except PositionLimitError as error:
         status, reason = "unsupported", str(error)
     except LawError as error:
-        status, reason = "gate_failed", str(error)
+        status, reason, measurements = "gate_failed", _reason(error), []
+        _note(facts, error)
+        for path in files.glob("*.npz"):  # what was scored before the gate failed is no result either
+            path.unlink()
     except torch.OutOfMemoryError as error:
         status, reason = "oom_cuda", _first_line(error)
     except MemoryError as error:
@@ -88,6 +91,20 @@ def _outcome(cell: Cell, spec: RunSpec, contexts: tuple[int, ...], files: Path) 
     facts["seconds"] = round(now_s() - started, 3)
     rows = [measurement_body(m) for m in measurements]
     return {"status": status, "reason": reason, "facts": facts, "measurements": rows}
+
+
+def _reason(error: LawError) -> str:
+    return f"gate {error.gate}: {error}" if error.gate else str(error)
+
+
+def _note(facts: dict[str, Any], error: LawError) -> None:
+    """Keep the row of a gate that failed in the task; those of ``gates.hold`` have theirs."""
+    rows = facts.setdefault("gates", [])
+    if rows and not rows[-1]["kept"]:
+        return
+    measured = error.error if error.error is not None and math.isfinite(error.error) else None
+    name = error.gate or "law"
+    rows.append({"gate": name, "kept": False, "error": measured, "bound": error.bound, "about": str(error)})
 
 
 def _first_line(error: BaseException) -> str:
@@ -130,6 +147,7 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
+    from bdh_bench.runner.gates import hold
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
     from bdh_bench.runner.training import fit, practise_or_load, train_or_load
 
@@ -165,6 +183,7 @@ def _results(
         facts["practice"] = practise_or_load(model, model_spec, spec, cell.seed, corpus, drills, _say)
         facts["weights"] = "trained"
         facts["checkpoint"] = facts["practice"]["sha256"]
+    rows: list[dict[str, Any]] = facts.setdefault("gates", [])
     context = TaskContext(
         seed=cell.seed,
         context=cell.context,
@@ -175,10 +194,13 @@ def _results(
         smoke=spec.smoke,
         progress=_say,
         state_protocol=spec.state_protocol,
+        passed=lambda gate, error, bound: rows.append({"gate": gate, "kept": True, "error": error, "bound": bound}),
     )
     evaluated = now_s()
     yield from task.run(model, config, context)
     facts["evaluation_seconds"] = round(now_s() - evaluated, 3)
+    _say("gates", 0.0, {})
+    hold(model, registry.find("models", model_spec.family).module, "smoke" if spec.smoke else spec.gate, rows)
 
 
 def _practises(about: Mapping[str, Any], config: dict[str, Any]) -> bool:

@@ -201,10 +201,14 @@ def check_reset(model: Any, first: bytes, second: bytes) -> None:
         pass
     again = np.concatenate([units.bits for units in score_stream(model, first)])
     if not np.array_equal(alone, again, equal_nan=True):
+        apart = float(np.abs(alone - again).max())
         raise LawError(
-            f"a state leaks between documents: the same {len(first):,} bytes score up to {np.abs(alone - again).max():.3g} bits "
+            f"a state leaks between documents: the same {len(first):,} bytes score up to {apart:.3g} bits "
             "apart before and after another text",
             "let session() begin with an empty memory of its own",
+            "leak",
+            apart,
+            0.0,
         )
 
 
@@ -224,6 +228,7 @@ def score_document(model: Any, content: bytes, reading: Reading = CARRY) -> Unit
         raise LawError(
             f"the byte ledger does not close: spans from {joined.start:,} to {int(joined.ends[-1]):,} for a text of {len(content):,} bytes",
             "correct the spans of the model's tokenizer",
+            "ledger",
         )
     return joined
 

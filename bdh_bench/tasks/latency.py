@@ -58,8 +58,10 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     session, _, _, logits = _prefill(model, tokens)
     if not bool(torch.isfinite(logits).all()):
         raise LawError(
-            f"logits after {length:,} tokens are not finite · expected finite logits before anything is timed"
+            f"logits after {length:,} tokens are not finite · expected finite logits before anything is timed",
+            gate="numerics",
         )
+    context.passed("numerics", 0.0, 0.0)
     for repeat in range(config.prefills):
         context.progress("prefill", repeat / config.prefills, {"context": length})
         session, prefill, first, logits = _prefill(model, tokens)
