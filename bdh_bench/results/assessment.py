@@ -10,6 +10,7 @@ from bdh_bench.results.comparisons import Comparison, comparison_as_json, compar
 from bdh_bench.results.contenders import Facts
 from bdh_bench.results.extrapolation import Sweep, extrapolation_table, sweep_as_json, sweeps_of
 from bdh_bench.results.fairness import Card, card_of, fairness_table
+from bdh_bench.results.gates import gates_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import Sufficiency, sufficiency_of
 from bdh_bench.results.tables import Point, Table, points_of
@@ -49,6 +50,7 @@ class Assessment:
             "extrapolation": [sweep_as_json(sweep) for sweep in self.sweeps],
             "training": {"status": self.training.status, "text": self.training.text, "share": self.training.share},
             "fairness": self.card.as_json(),
+            "gates": gates_of(self.facts.run),
         }
 
 

@@ -147,7 +147,7 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
-    from bdh_bench.runner.gates import hold
+    from bdh_bench.runner.gates import failure, hold, splits
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
     from bdh_bench.runner.training import fit, practise_or_load, train_or_load
 
@@ -184,12 +184,18 @@ def _results(
         facts["weights"] = "trained"
         facts["checkpoint"] = facts["practice"]["sha256"]
     rows: list[dict[str, Any]] = facts.setdefault("gates", [])
+    documents = _documents(corpus if about.get("reads") else None, contexts, asdict(config), spec)
+    if corpus is not None and documents:
+        apart = splits(documents, (*corpus.part("train"), *corpus.part("validation")))
+        rows.append(apart.row(0.0))
+        if not apart.kept:
+            raise failure(apart)
     context = TaskContext(
         seed=cell.seed,
         context=cell.context,
         contexts=contexts,
         train_context=spec.train_context,
-        documents=_documents(corpus if about.get("reads") else None, contexts, asdict(config), spec),
+        documents=documents,
         weights=str(facts["weights"]),
         smoke=spec.smoke,
         progress=_say,
@@ -234,6 +240,7 @@ def _model_facts(model: Any, spec: ModelSpec, train_context: int) -> dict[str, A
         "architecture": str(registry.find("models", spec.family).defaults.get("architecture", "")),
         "config": asdict(config) if config is not None and hasattr(config, "__dataclass_fields__") else {},
         "weights": "loaded" if known else model.origin if hasattr(model, "origin") else "random",
+        "contamination": "unknown" if known else "",  # what published weights were trained on is not told
         "kernels": model.kernels() if hasattr(model, "kernels") else "",
         "mode": str(getattr(config, "mode", "")),
         "dtype": str(parameter.dtype).removeprefix("torch.") if parameter is not None else "",
