@@ -16,7 +16,8 @@ hide below 1e-3.
 Lengths: 65 and 777 tokens, with ``--gate full`` 2,049 too, 65 alone for smoke runs; a position limit shortens them. At 65 tokens in
 pieces of 7 and 64 only are read: models without weights, whose answers are known, and sessions that say they read the whole text again
 with every piece (path ``recompute``), which are exact by construction and cost a square.
-Processor time of one core at quick size: 0.4 s (lstm) to 3.2 s (mamba2), 1.8 s for bdh; ``full`` 0.6 s to 11 s; a smoke run at most 0.3 s; the instruments 0.005 s.
+Processor time of one core at quick size: 0.4 s (lstm) to 3.2 s (mamba2), 1.8 s for bdh; ``full`` 0.6 s to 11 s; a smoke run at most
+0.3 s; the instruments 0.005 s.
 
 The gates run after the task in its process and before anything of it is stored: before it they would change what the task measures (peaks
 of memory, warm caches) in the first cell of a model and not in the next, which finds them passed. Rows of gates that were passed are kept
@@ -315,7 +316,7 @@ def _divergence(got: Tensor, truth: Tensor) -> float:
 
 def _forms(model: Any) -> Iterator[tuple[str, Any]]:
     """The same weights in the other forms of the whole text that the model offers by its option ``mode``."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "mode", None) not in ("auto", "parallel", "chunked", "recurrent", "sparse"):
         return
     for form in _FORMS:
