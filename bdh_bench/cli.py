@@ -345,10 +345,11 @@ def generate(
     from bdh_bench.generation import Request, begin
 
     request = Request(model, prompt, prompt_file, max_bytes, temperature, seed, save_state, load_state, device, threads)
-    text = begin(request, _say)
+    text, written = begin(request, _say), 0
     try:
-        for token in text.write(max_bytes, temperature, seed):
-            sys.stdout.buffer.write(bytes([token]))
+        for data in text.write_bytes(max_bytes, temperature, seed):
+            written += len(data)
+            sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
     except BrokenPipeError:  # here and not in main: the parser would make it exit code 1
         _reader_has_gone()
@@ -359,7 +360,7 @@ def generate(
     if save_state is not None:
         text.save(save_state)
     _say(
-        f"{max_bytes:,} bytes written, state {text.session.state_bytes:,} bytes"
+        f"{written:,} bytes written, state {text.session.state_bytes:,} bytes"
         + (f" · go on with --load-state {shlex.quote(str(save_state))}" if save_state else "")
     )
 
@@ -438,59 +439,97 @@ def convert(
 @app.command(name="list")
 def list_(
     what: Annotated[str, typer.Argument(help="models, tasks or runs.")],
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One model or task: what it is, and every option.")
+    ] = None,
     runs: Runs = Path("runs"),
     details: Annotated[
-        bool, typer.Option("--details", help="Parameters, operations, state bytes, kernels (loads torch).")
+        bool, typer.Option("--details", help="Parameters, operations, state bytes, kernels of models (loads torch).")
     ] = False,
     size: Annotated[
         str, typer.Option("--size", help="With --details: quick, 1m, …; for families that have sizes.")
     ] = "",
     json_: Json = False,
 ) -> None:
-    """What is registered, or what has been run."""
+    """What is registered, or what has been run; with a NAME, one model or task and its options."""
     if what not in ("models", "tasks", "runs"):
         raise UnknownNameError("list", what, ("models", "tasks", "runs"))
     if size and not details:
         raise SpecError("got --size without --details · expected both", "add --details")
-    details = details and what == "models"
-    rows = _run_rows(runs) if what == "runs" else _entry_rows(what, details, size)
+    if details and what != "models":
+        raise SpecError(f"got --details for {what} · expected models", f"bdh-bench list {what} NAME tells more of one")
+    if name and what == "runs":
+        raise SpecError(f"got the name {name!r} for runs · expected none", f"bdh-bench show {name}")
+    rows = _run_rows(runs) if what == "runs" else _entry_rows(what, name, details, size)
     if json_:
         _print_json("list", "ok", {what: rows})
-        return
-    if details:
+    elif details:
         from bdh_bench import columns
         from bdh_bench.details import NUMBERS, as_row
 
         columns.show([as_row(row) for row in rows], right=NUMBERS)
-        return
-    for row in rows:
-        shown = {k: v for k, v in row.items() if not (row.get("problem") and k == "position_limit")}
-        if shown.get("problem"):
-            shown["problem"] = f"warning: {shown['problem']}"
-        typer.echo("  ".join(f"{value}" for value in shown.values() if value not in ("", None)))
+    elif name:
+        _print_entry(rows[0])
+    elif what == "runs":
+        for row in rows:
+            typer.echo("  ".join(f"{value}" for value in row.values() if value not in ("", None)))
+    else:
+        from bdh_bench import columns
+
+        columns.show([_as_line(row) for row in rows])
+        _say(f"one of them with its options: bdh-bench list {what} NAME")
     if not rows:
         _say(f"no {what} here")
 
 
-def _entry_rows(kind: str, details: bool, size: str) -> list[dict[str, Any]]:
-    from bdh_bench import registry
-    from bdh_bench.spec import SIZES
+def _entry_rows(kind: str, name: str | None, details: bool, size: str) -> list[dict[str, Any]]:
+    from bdh_bench import options, registry
+    from bdh_bench.spec import SIZES, WEIGHT_OPTIONS
 
     if size and size not in SIZES:
         raise UnknownNameError("size", size, SIZES)
+    found = registry.list_models() if kind == "models" else registry.list_tasks()
+    if name:
+        registry.find(kind, name)  # an unknown or broken one is an error, not a row
     rows: list[dict[str, Any]] = []
-    for entry in registry.list_models() if kind == "models" else registry.list_tasks():
+    for entry in found:
+        if name not in (None, entry.name):
+            continue
         row: dict[str, Any] = {"name": entry.name, "origin": entry.origin, "summary": entry.summary}
         row["problem"] = entry.problem
         if kind == "models":
             row["position_limit"] = entry.defaults.get("position_limit", "unknown")
             row["words"] = ", ".join(entry.defaults.get("words", ()))
-            if details:
-                from bdh_bench.details import describe
+        if name:
+            shared = dict(WEIGHT_OPTIONS) if kind == "models" else {}
+            row |= {fact: entry.defaults.get(fact, "") for fact in ("kind", "architecture") if kind == "models"}
+            row["options"] = options.rows(dict(entry.options) | dict.fromkeys(shared), entry.meanings | shared)
+            row["text"] = entry.text
+        if details:
+            from bdh_bench.details import describe
 
-                row |= describe(entry, size)
+            row |= describe(entry, size)
         rows.append(row)
     return rows
+
+
+def _as_line(row: dict[str, Any]) -> dict[str, str]:
+    """A model or task in one line; a problem in place of what it is."""
+    limit = {"position limit": "" if row["problem"] else row["position_limit"]} if "position_limit" in row else {}
+    about = f"warning: {row['problem']}" if row["problem"] else row["summary"]
+    return {"name": row["name"], "origin": row["origin"], **limit, "what it is": about}
+
+
+def _print_entry(row: dict[str, Any]) -> None:
+    from bdh_bench import columns
+
+    typer.echo(f"{row['name']} ({row['origin']}): {row['text']}\n")
+    for fact in ("kind", "architecture", "position_limit", "words"):
+        if row.get(fact):
+            typer.echo(f"{fact.replace('_', ' ')}: {row[fact]}")
+    if row["options"]:
+        typer.echo("\noptions:")
+        columns.show(row["options"])
 
 
 def _run_rows(root: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from bdh_bench.registry import Entry
 from bdh_bench.spec import DEFAULT_SIZE, ModelSpec
 
 _CONTEXTS = {"1k": 1024, "64k": 65_536}
-NUMBERS = ("parameters", "FLOPs/token", "state at 1k", "state at 64k")
+NUMBERS = ("parameters", "FLOPs/token at 1k", "state at 1k", "state at 64k")
 
 
 def describe(entry: Entry, size: str = "") -> dict[str, Any]:

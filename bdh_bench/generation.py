@@ -1,8 +1,9 @@
-"""What does a model write after a prompt, byte by byte, with no more memory than its state?
+"""What does a model write after a prompt, token by token, with no more memory than its state?
 
 A text is held as a session that has read all of it but the last token, and that token, which is still to be read. The logits behind
 a text are nowhere else, so a text that was saved at any length goes on exactly as one that never stopped. It begins with the model's
-start symbol, as in training and scoring. The noise of a sampled token depends on the seed and its position alone.
+start symbol, as in training and scoring. The noise of a sampled token depends on the seed and its position alone. Where a model has a
+tokenizer, a prompt is encoded as a whole, and what is written are the bytes of its tokens.
 
 Legend: V vocabulary, T tokens of a piece.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,13 +73,13 @@ def _check_temperature(temperature: float) -> None:
 class Text:
     """A text that a model goes on writing: ``session`` has read all of it but its last token, ``pending``.
 
-    Raises SpecError for a model whose tokens are not bytes.
+    Raises SpecError for a model whose tokens stand for no bytes.
     """
 
     def __init__(self, model: Any, session: StreamSession, pending: int | None) -> None:
-        if model.vocab_size != 256 or model.tokenizer is not None:
+        if model.vocab_size != 256 and model.tokenizer is None:
             raise SpecError(
-                f"got a model with {model.vocab_size} tokens · expected one whose 256 tokens are the bytes",
+                f"got a model with {model.vocab_size} tokens and no tokenizer · expected one whose 256 tokens are the bytes",
                 "use a model without vocab_size=…",
             )
         self.model, self.session, self.pending = model, session, pending
@@ -111,11 +112,12 @@ class Text:
 
     @torch.inference_mode()
     def read(self, pieces: Iterable[bytes]) -> None:
-        """Append these bytes; what is held at once does not depend on how many they are. Raises PositionLimitError."""
-        for piece in pieces:
+        """Append these bytes; of a prompt of bytes no more than a piece is held at once. Raises PositionLimitError."""
+        texts: Iterable[Sequence[int]] = pieces if self.model.tokenizer is None else self._encoded(pieces)
+        for piece in texts:
             for start in range(0, len(piece), PIECE):
-                part = piece[start : start + PIECE]
-                known = part if self.pending is None else bytes([self.pending]) + part
+                part = list(piece[start : start + PIECE])
+                known = part if self.pending is None else [self.pending, *part]
                 if len(known) > 1:
                     self.session.extend(self._tokens(known[:-1]))
                 self.pending = known[-1]
@@ -130,13 +132,27 @@ class Text:
         for _ in range(count):
             if self.pending is None:
                 raise SpecError("got no prompt for a model without a start symbol · expected at least one byte")
-            logits = self.session.extend(self._tokens(bytes([self.pending])))
+            logits = self.session.extend(self._tokens([self.pending]))
             self.pending = None  # it is read: should the choice fail, it must not be read again
             self.pending = choose(logits[0, -1], temperature, seed, self.session.length)
             yield self.pending
 
-    def _tokens(self, data: bytes) -> Tensor:
-        return torch.tensor([list(data)], device=self._device)  # (1, T)
+    def write_bytes(self, count: int, temperature: float = 0.0, seed: int = 0) -> Iterator[bytes]:
+        """Yield the bytes of each token until ``count`` of them are written, or as many tokens; the last token is written whole."""
+        written = 0
+        for token in self.write(count, temperature, seed):  # no more tokens than bytes: special ones have none
+            data = bytes([token]) if self.model.tokenizer is None else self.model.tokenizer.decode([token])
+            written += len(data)
+            yield data
+            if written >= count:
+                return
+
+    def _encoded(self, pieces: Iterable[bytes]) -> Iterator[list[int]]:
+        """All pieces as one text: where it may be cut only the tokenizer knows."""
+        yield self.model.tokenizer.encode(b"".join(pieces)).ids.tolist()
+
+    def _tokens(self, ids: list[int]) -> Tensor:
+        return torch.tensor([ids], device=self._device)  # (1, T)
 
 
 def choose(logits: Tensor, temperature: float, seed: int, position: int) -> int:

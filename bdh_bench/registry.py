@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import Any
 
 from bdh_bench.errors import BenchError, PluginError, SpecError, UnknownNameError
+from bdh_bench.options import meanings
 from bdh_bench.sources import source_path
 from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family
 
@@ -47,7 +48,8 @@ class Entry:
     """One registered model or task, as its source text describes it.
 
     origin    "built in", or the distribution that brings it; problem is a reason why it cannot be used, or ""
-    options   option name → default, from the fields of ``Config``
+    options   option name → default, from the fields of ``Config``; meanings: option name → what its docstring says of it
+    text      the docstring of the file
     """
 
     kind: str
@@ -58,6 +60,8 @@ class Entry:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    text: str = ""
 
 
 def list_models() -> list[Entry]:
@@ -271,10 +275,11 @@ def _describe(kind: str, name: str, origin: str, module: str, path: Path) -> Ent
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:  # ValueError: text that is no UTF-8, or has null bytes
         return Entry(kind, name, origin, module, "", problem=f"{type(error).__name__}: {error}")
-    summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    text = ast.get_docstring(tree) or ""
     problem = _lacks(kind, tree)
     defaults: dict[str, Any] = {}
     options: dict[str, Any] = {}
+    meant: dict[str, str] = {}
     for node in tree.body:
         if "DEFAULTS" in _bound(node):
             value = _literal(getattr(node, "value", None))
@@ -284,9 +289,11 @@ def _describe(kind: str, name: str, origin: str, module: str, path: Path) -> Ent
                 problem = problem or f"DEFAULTS is no literal dictionary (line {node.lineno})"
         if isinstance(node, ast.ClassDef) and node.name == "Config":
             options = dict(_fields(node))
+            meant = meanings(ast.get_docstring(node) or "", options)
     if defaults.get("reads") and not {"block", "blocks"} <= set(options):
         problem = problem or "it reads text, so its Config needs the fields block and blocks (see long_ppl)"
-    return Entry(kind, name, origin, module, summary, defaults, options, problem)
+    summary = text.split("\n", 1)[0]
+    return Entry(kind, name, origin, module, summary, defaults, options, problem, meant, text)
 
 
 def _lacks(kind: str, tree: ast.Module) -> str:

@@ -39,7 +39,11 @@ DEFAULT_SIZE = "quick"
 _WORDED = ("toy", "hf", "lm_eval")
 
 #: Options of every family: where weights come from.
-WEIGHT_OPTIONS = ("weights", "regime", "learning_rate")
+WEIGHT_OPTIONS = {
+    "weights": "a file of weights, or its folder; without it, a task that needs trained weights trains them",
+    "regime": "of the training, for this model alone: crop, carried or crop+carried",
+    "learning_rate": "of the training, for this model alone",
+}
 
 #: Where the state of a scored stream is emptied: at a document's end, every training context, before every stride.
 STATE_PROTOCOLS = ("carry", "cold", "window")

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hf_zoo
 import pytest
 import torch
 from safetensors import safe_open
@@ -21,11 +22,7 @@ from bdh_bench.errors import PositionLimitError, SessionError, SpecError
 from bdh_bench.generation import PIECE, Request, Text, begin, choose
 from bdh_bench.session import saved_notes, storage_bytes
 
-_FAMILIES = [
-    e.name
-    for e in list_models()
-    if not e.problem and e.name != "hf" and not {"words", "kind"} & e.defaults.keys()  # a yardstick has no weights
-]
+_FAMILIES = [e.name for e in list_models() if e.defaults.get("kind") in ("transformer", "recurrent")]  # those with weights
 _ALL = [*_FAMILIES, "toy:copy:period=5", "toy:linear_kv:bytes_per_token=24"]
 _LIVELY = 4.0  # weights as drawn leave the logits almost flat, and a greedy text would be one byte, many times
 _ROUNDING = 2e-3  # of logits so much enlarged; a wrong text moves them by more than 0.1
@@ -353,6 +350,45 @@ def test_stdout_is_the_bytes_and_nothing_else(run: Run) -> None:
     assert err == "256 bytes written, state 0 bytes\n"
     assert run("toy:uniform", "--max-bytes", 0)[:2] == (0, b"")
     assert run("toy:copy:period=2", "--prompt", "a\udcff", "--max-bytes", 4)[1] == b"a\xffa\xff"
+
+
+def test_the_families_under_test_are_those_with_weights() -> None:
+    assert {"bdh", "gpt2", "llama", "lstm", "mamba", "mamba2", "linear_attention", "gated_delta"} <= set(_FAMILIES)
+
+
+@pytest.mark.parametrize("tokenizer", [hf_zoo.byte_level, hf_zoo.sentencepiece_like])
+def test_a_checkpoint_with_a_tokenizer_writes_the_bytes_of_its_tokens(
+    tokenizer: Callable[[], Any], run: Run, tmp_path: Path
+) -> None:
+    folder = hf_zoo.write_with_tokenizer("llama", tmp_path / "hf", tokenizer(), initializer_range=0.5)
+    name, prompt, state = f"hf:{folder}", b"the old house", tmp_path / "state"
+    model = load_model(name)
+    ids = model.tokenizer.encode(prompt).ids.tolist()
+    first = [] if model.start_symbol is None else [model.start_symbol]
+    expected = b""
+    while len(expected) < 30:
+        with torch.inference_mode():
+            ids.append(int(model.logits(torch.tensor([first + ids]))[0, -1].argmax()))
+        expected += model.tokenizer.decode(ids[-1:])
+    code, out, err = run(name, "--prompt", os.fsdecode(prompt), "--max-bytes", 30)
+    assert (code, out) == (0, expected)
+    assert err.startswith(f"{len(expected)} bytes written")
+    begun = run(name, "--prompt", os.fsdecode(prompt), "--max-bytes", 11, "--save-state", state)[1]
+    assert expected.startswith(begun)
+    assert expected.startswith(begun + run(name, "--load-state", state, "--max-bytes", 9)[1])
+
+
+def test_tokens_without_bytes_count_as_well() -> None:
+    class Special:
+        def encode(self, content: bytes) -> Any:
+            raise AssertionError
+
+        def decode(self, ids: Any) -> bytes:
+            return b""
+
+    model = load_model("toy:uniform")
+    model.tokenizer = Special()
+    assert list(Text.empty(model).write_bytes(5)) == [b""] * 5
 
 
 def test_a_state_on_the_command_line(run: Run, tmp_path: Path) -> None:

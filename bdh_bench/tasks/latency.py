@@ -1,6 +1,6 @@
 """How long until the first token, and how long for each one after, at a given depth?
 
-Protocol: a stream reads ``context`` random bytes in pieces (prefill), repeated; then windows of single-token steps start at that depth,
+Protocol: a stream reads ``context`` random tokens in pieces (prefill), repeated; then windows of single-token steps start at that depth,
 each on a fork of the prefilled stream, argmax included. Raw windows are stored; medians are taken when results are read. One
 untimed prefill and one untimed window come first.
 
@@ -53,7 +53,7 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
         for name in ("prefill_s", "ttft_s", "tpot_s"):
             yield Measurement(name, None, length, batch, status="unsupported", reason=reason)
         return
-    tokens = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(context.seed))
+    tokens = torch.randint(model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(context.seed))
     tokens = tokens.to(next((p.device for p in model.parameters()), torch.device("cpu")))
     session, _, _, logits = _prefill(model, tokens)
     if not bool(torch.isfinite(logits).all()):

@@ -1,6 +1,6 @@
 """What does a stream cost in bytes? State by census of its tensors, and the peaks of the process.
 
-Protocol: one stream reads ``context`` random bytes in pieces, then decodes a few. ``state_bytes`` counts the tensors that must survive
+Protocol: one stream reads ``context`` random tokens in pieces, then decodes a few. ``state_bytes`` counts the tensors that must survive
 until the next token and must equal the model's own formula exactly, else nothing is stored (gate_failed). Peaks are high-water
 marks kept by the operating system, prefill and decoding apart, each above what the process held before; ``peak_footprint_bytes`` is the
 absolute mark, which decides whether a machine is large enough.
@@ -47,7 +47,7 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
         reason = f"{length} + {config.steps} tokens need more than its {model.max_positions} positions"
         yield Measurement("state_bytes", None, length, batch, status="unsupported", reason=reason)
         return
-    tokens = torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(context.seed))
+    tokens = torch.randint(model.vocab_size, (batch, length), generator=torch.Generator().manual_seed(context.seed))
     tokens = tokens.to(next((p.device for p in model.parameters()), torch.device("cpu")))
     _warm_up(model, batch)
     memory.settle()
