@@ -1,6 +1,7 @@
 """Does this model keep every law that its numbers would rest on? One row per law: measured error against tolerance.
 
-A law that has nothing to say about a model is shown as such, never as kept.
+A law that has nothing to say about a model is shown as such, never as kept. A model that is ``discontinuous`` (its logits jump where a
+sum is rounded the other way) is held to its laws in float64, where that hardly ever happens, and the report says so.
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ KEPT, BROKEN, NOT_APPLICABLE = "kept", "broken", "does not apply"
 
 @dataclass(frozen=True)
 class Report:
-    """The findings on one model; ``spread`` is the standard deviation of its logits, which widens tolerances above 1."""
+    """The findings on one model; ``spread`` is the standard deviation of its logits, which widens tolerances above 1.
+
+    ``dtype`` is that of the weights under law.
+    """
 
     model: str
     parameters: int
     spread: float
     findings: tuple[laws.Finding, ...]
+    dtype: str = "float32"
 
     @property
     def kept(self) -> bool:
@@ -40,6 +45,7 @@ class Report:
             "model": self.model,
             "parameters": self.parameters,
             "logits_std": self.spread,
+            "dtype": self.dtype,
             "laws": [
                 {
                     "law": f.law,
@@ -77,6 +83,11 @@ def result_of(finding: laws.Finding) -> str:
     return KEPT if finding.kept else BROKEN
 
 
+def complaint(finding: laws.Finding) -> str:
+    """A broken law as one message."""
+    return f"{finding.law}: {_detail(finding) or f'got an error of {finding.error:.2g}'} · expected at most {finding.tolerance:.2g}"
+
+
 def _detail(finding: laws.Finding) -> str:
     if finding.detail:
         return " ".join(finding.detail.split())
@@ -86,8 +97,11 @@ def _detail(finding: laws.Finding) -> str:
 def check(text: str, device: str = "cpu") -> Report:
     """Every law on the model that ``text`` names: a registered one, or ``PATH.py``. Raises what loading raises."""
     model = _load(text, _known_device(device))
+    if getattr(model, "discontinuous", False):
+        model = model.double()
     parameters = sum(p.numel() for p in model.parameters())
-    return Report(text, parameters, laws.spread(model), tuple(laws.check(model)))
+    dtype = str(next((p.dtype for p in model.parameters() if p.is_floating_point()), "")).removeprefix("torch.")
+    return Report(text, parameters, laws.spread(model), tuple(laws.check(model)), dtype)
 
 
 def _load(text: str, device: str) -> Any:

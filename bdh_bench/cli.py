@@ -31,6 +31,24 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from bdh_bench import __version__
+
+        typer.echo(f"bdh-bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Does BDH match transformers and state-space models on long contexts without a KV cache?"""
+
+
 Runs = Annotated[Path, typer.Option("--runs", help="Folder that holds the runs.", envvar="BDH_BENCH_RUNS")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Data = Annotated[str, typer.Option("--data", help="stdlib, path:DIR, path:FILE or hf:NAME.")]
@@ -400,16 +418,16 @@ def check(
     broken = report.count(checking.BROKEN)
     if json_:
         errors = [
-            {"code": "LawError", "message": f"{law['law']}: {law['error']} · {law['detail']}", "hint": "", "cell": None}
-            for law in report.as_json()["laws"]
-            if law["result"] == checking.BROKEN
+            {"code": "LawError", "message": checking.complaint(finding), "hint": "", "cell": None}
+            for finding in report.findings
+            if not finding.kept
         ]
         _print_json("check", "failed" if broken else "ok", report.as_json(), errors)
     else:
         columns.show(report.as_rows(), right=("error", "at most"))
         _say(
             f"{report.model}: {report.count(checking.KEPT)} kept, {broken} broken, "
-            f"{report.count(checking.NOT_APPLICABLE)} do not apply · {report.parameters:,} parameters"
+            f"{report.count(checking.NOT_APPLICABLE)} do not apply · {report.parameters:,} parameters in {report.dtype}"
         )
     if broken:
         raise typer.Exit(6)
@@ -470,14 +488,12 @@ def list_(
         columns.show([as_row(row) for row in rows], right=NUMBERS)
     elif name:
         _print_entry(rows[0])
-    elif what == "runs":
-        for row in rows:
-            typer.echo("  ".join(f"{value}" for value in row.values() if value not in ("", None)))
     else:
         from bdh_bench import columns
 
-        columns.show([_as_line(row) for row in rows])
-        _say(f"one of them with its options: bdh-bench list {what} NAME")
+        columns.show([_run_line(row) if what == "runs" else _as_line(row) for row in rows])
+        if what != "runs":
+            _say(f"one of them with its options: bdh-bench list {what} NAME")
     if not rows:
         _say(f"no {what} here")
 
@@ -511,6 +527,19 @@ def _entry_rows(kind: str, name: str | None, details: bool, size: str) -> list[d
             row |= describe(entry, size)
         rows.append(row)
     return rows
+
+
+def _run_line(row: dict[str, Any]) -> dict[str, str]:
+    """A run in one line; of one that cannot be read, why."""
+    cells = ", ".join(f"{count} {kind}" for kind, count in row.get("cells", {}).items())
+    about = row["reason"] if "reason" in row else row["command"]
+    return {
+        "run": row["run"],
+        "created": row.get("created", "")[:19],
+        "status": row["status"],
+        "cells": cells,
+        "command": about,
+    }
 
 
 def _as_line(row: dict[str, Any]) -> dict[str, str]:
@@ -570,7 +599,11 @@ def show(
         found = [c for c in stored.cells if c.key.startswith(cell)]
         if len(found) != 1:
             raise UnknownNameError("cell", cell, [c.key[:12] for c in stored.cells])
-        typer.echo(json.dumps(asdict(found[0]), indent=1, sort_keys=True, default=str))
+        text = json.dumps(asdict(found[0]), indent=1, sort_keys=True, default=str)
+        if json_:
+            _print_json("show", "ok", {"run": stored.id, "cell": json.loads(text)})
+        else:
+            typer.echo(text)
     elif json_:
         from bdh_bench.results.assessment import assess
         from bdh_bench.results.export import points_as_json

@@ -63,6 +63,9 @@ def _listed(row: Row, width: int) -> str:
     for head, value in others:
         lead = f"  {head}".ljust(margin)
         text += "".join(
-            line + "\n" for line in textwrap.wrap(value, max(width, margin + 8), initial_indent=lead, subsequent_indent=" " * margin)
+            line + "\n"
+            for line in textwrap.wrap(
+                value, max(width, margin + 8), initial_indent=lead, subsequent_indent=" " * margin
+            )
         )
     return text

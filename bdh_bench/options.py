@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-_LINE = re.compile(r"(\w+(?:, \w+)*) {2,}(\S.*)")
+_LINE = re.compile(r"( *)(\w+(?:, \w+)*) {2,}(\S.*)")
 _NAME = re.compile(r"``(\w+)``")
 
 
@@ -19,12 +19,13 @@ def meanings(docstring: str, names: Collection[str]) -> dict[str, str]:
     lines: dict[str, str] = {}
     prose: list[str] = []
     current: list[str] = []
+    margin = ""
     for line in docstring.splitlines():
         found = _LINE.fullmatch(line.rstrip())
-        if found and set(found[1].split(", ")) <= set(names):
-            current = found[1].split(", ")
-            lines |= dict.fromkeys(current, found[2])
-        elif current and line.startswith("  "):
+        if found and set(found[2].split(", ")) <= set(names):
+            margin, current = found[1] + "  ", found[2].split(", ")
+            lines |= dict.fromkeys(current, found[3])
+        elif current and line.startswith(margin):
             lines |= {name: f"{lines[name]} {line.strip()}" for name in current}
         else:
             current = []
@@ -36,7 +37,9 @@ def meanings(docstring: str, names: Collection[str]) -> dict[str, str]:
 
 def rows(defaults: Mapping[str, Any], meant: Mapping[str, str]) -> list[dict[str, str]]:
     """One row per option as text."""
-    return [{"option": name, "default": _text(value), "meaning": meant.get(name, "")} for name, value in defaults.items()]
+    return [
+        {"option": name, "default": _text(value), "meaning": meant.get(name, "")} for name, value in defaults.items()
+    ]
 
 
 def _text(value: Any) -> str:

@@ -110,7 +110,8 @@ def blame(entry: Entry, action: str) -> Iterator[None]:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise PluginError(
             f"{entry.kind[:-1]} {entry.name!r} from {entry.origin} cannot {action}: {said}",
-            "correct or uninstall that package; BDH_BENCH_DEBUG=1 shows the traceback",
+            f"correct {'that file' if entry.origin.endswith('.py') else 'or uninstall that package'}; "
+            "BDH_BENCH_DEBUG=1 shows the traceback",
         ) from error
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from bdh_bench import __version__
+
 _TRACE = "import sys; sys.argv = ['bdh-bench', *sys.argv[1:]]\nimport bdh_bench.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
 _TRACE += "bad = {'torch', 'numpy', 'pandas', 'matplotlib', 'transformers'} & set(sys.modules)\nassert not bad, bad"
 
@@ -38,6 +40,10 @@ def test_help_and_lists_start_fast() -> None:
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert min(spent) < 0.3
+
+
+def test_the_version_is_told() -> None:
+    assert _cli("--version").stdout == f"bdh-bench {__version__}\n"
 
 
 def test_the_contract_of_run_list_export_and_report(tmp_path: Path, books: Path) -> None:
@@ -71,6 +77,12 @@ def test_the_contract_of_run_list_export_and_report(tmp_path: Path, books: Path)
     assert set(known) == {"labels", "comparisons", "extrapolation", "training", "fairness"}
     assert json.loads(_cli("show", "a", *runs, "--json").stdout)["data"]["assessment"] == known
 
+    head, row = _cli("list", "runs", *runs).stdout.splitlines()
+    assert head.split() == ["run", "created", "status", "cells", "command"]
+    assert "6 ok, 0 failed, 0 skipped" in row
+    key = json.loads(_cli("export", "a", *runs, "--format", "json").stdout)[0]["cell"]
+    shown = json.loads(_cli("show", "a", key[:12], *runs, "--json").stdout)
+    assert (shown["schema"], shown["data"]["cell"]["key"]) == ("bdh-bench/show/1", key)
     listed = json.loads(_cli("list", "runs", *runs, "--json").stdout)
     assert [r["run"] for r in listed["data"]["runs"]] == ["a"]
     page = json.loads(_cli("report", "a", *runs, "--json").stdout)["data"]["html"]

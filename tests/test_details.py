@@ -135,13 +135,40 @@ def test_columns_are_aligned() -> None:
     columns.show([])
 
 
-def test_a_terminal_gets_a_drawn_table_with_the_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    shown = Terminal()
-    monkeypatch.setattr(sys, "stdout", shown)
+
+def test_a_terminal_gets_a_table_with_the_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", _Terminal())
     columns.show(_ROWS, right=("n",))
-    assert "─" in shown.getvalue()
-    assert "[red]" in shown.getvalue()
+    assert sys.stdout.getvalue() == "name       n\n─────  ─────\na          1\nlong   1,000\n[red]\n"  # type: ignore[attr-defined]
+
+
+_LONG = [{"name": "a", "n": "1", "what": "word " * 20}, {"name": "b", "n": "", "what": "short"}]
+
+
+def test_the_widest_column_is_folded_to_the_terminal() -> None:
+    shown = columns.fitted(_LONG, ("n",), 40)
+    assert max(map(len, shown.splitlines())) <= 40
+    assert shown.count("word") == 20
+    assert shown.splitlines()[3].startswith("      ")  # a folded line has no name
+
+
+def test_where_that_leaves_too_little_room_each_row_is_a_list() -> None:
+    shown = columns.fitted(_LONG, ("n",), 25)
+    assert max(map(len, shown.splitlines())) <= 25
+    assert shown.count("word") == 20
+    assert shown.endswith("\n\nb\n  what  short\n")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_details_fit_a_terminal_whole(width: int, cli: Any) -> None:
+    rows = json.loads(cli("list", "models", "--details", "--size", "1m", "--json")[1])["data"]["models"]
+    shown = columns.fitted([details.as_row(row) for row in rows], details.NUMBERS, width)
+    assert max(map(len, shown.splitlines())) <= width
+    squeezed = "".join(shown.split())
+    for row in rows:
+        for fact in details.as_row(row).values():
+            assert "".join(fact.split()) in squeezed

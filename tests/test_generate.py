@@ -22,7 +22,9 @@ from bdh_bench.errors import PositionLimitError, SessionError, SpecError
 from bdh_bench.generation import PIECE, Request, Text, begin, choose
 from bdh_bench.session import saved_notes, storage_bytes
 
-_FAMILIES = [e.name for e in list_models() if e.defaults.get("kind") in ("transformer", "recurrent")]  # those with weights
+_FAMILIES = [
+    e.name for e in list_models() if e.defaults.get("kind") in ("transformer", "recurrent")
+]  # those with weights
 _ALL = [*_FAMILIES, "toy:copy:period=5", "toy:linear_kv:bytes_per_token=24"]
 _LIVELY = 4.0  # weights as drawn leave the logits almost flat, and a greedy text would be one byte, many times
 _ROUNDING = 2e-3  # of logits so much enlarged; a wrong text moves them by more than 0.1

@@ -409,6 +409,21 @@ def test_a_request_that_cannot_be_carried_out_is_a_usage_error(tmp_path: Path) -
         assert says in str(done.exception)
 
 
+def test_what_the_hub_says_of_its_retries_stays_unsaid(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    import logging
+
+    from transformers import PreTrainedConfig
+
+    def fail(*_: Any, **__: Any) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 8s")
+        raise OSError("no network")
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", fail)
+    with pytest.raises(CheckpointError, match="no network"):
+        load_model("hf:someone/something")
+    assert capfd.readouterr().err == ""
+
+
 def test_listing_and_details_name_no_checkpoint() -> None:
     for flags in ([], ["--details"]):
         done = CliRunner().invoke(app, ["list", "models", *flags, "--json"])

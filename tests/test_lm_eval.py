@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -36,10 +38,9 @@ from bdh_bench.results.tables import points_of, value_tables
 from bdh_bench.results.terminal import renderable
 from bdh_bench.runner.plan import make_plan
 from bdh_bench.runner.run import execute, prepare
-from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.spec import RunSpec, parse_tasks
 from bdh_bench.tasks import lm_eval as lm_eval_task
-from bdh_bench.types import Encoding, Measurement, TaskContext
+from bdh_bench.types import Measurement, TaskContext
 
 TINY = "bdh:mlp_internal_dim_multiplier=4:n_embd=16:n_head=2:n_layer=1"
 TEXTS = ("def f(x):\n    return x\n", "naïve 🐉 text\r\n" * 30, "".join(chr(32 + i * 7 % 90) for i in range(1300)))
@@ -225,48 +226,9 @@ def test_generation_is_greedy_stops_at_the_first_stop_and_counts_its_tokens(tiny
 # -- tokens that are not bytes, and lm-eval's own class as the judge ----------------------------------------------------
 
 
-class Spans:
-    """A byte-level BPE of the tokenizers package; the text must be ASCII, so that a character is a byte."""
-
-    def __init__(self, fast: Any) -> None:
-        self.fast = fast
-
-    def encode(self, content: bytes) -> Encoding:
-        found = self.fast.backend_tokenizer.encode(content.decode("ascii"), add_special_tokens=False)
-        return Encoding(np.array(found.ids, dtype=np.int64), np.array([b for _, b in found.offsets], dtype=np.int64))
-
-    def decode(self, ids: Any) -> bytes:
-        text: str = self.fast.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.encode()
-
-
-class Published(Streaming, torch.nn.Module):
-    """A transformers model as one of ours: its memory is the text so far, read again each time."""
-
-    def __init__(self, module: Any, fast: Any) -> None:
-        super().__init__()
-        self.module, self.tokenizer = module, Spans(fast)
-        self.vocab_size, self.max_positions = module.config.vocab_size, module.config.max_position_embeddings
-        self.start_symbol = fast.bos_token_id
-
-    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.module(input_ids=tokens, use_cache=False).logits
-        return found
-
-    def memory(self, batch_size: int) -> TensorMemory:
-        return TensorMemory(text=torch.zeros(batch_size, 0, dtype=torch.long))
-
-    def advance(self, memory: Any, position: int, tokens: torch.Tensor, keep: Any) -> torch.Tensor:
-        memory["text"] = torch.cat((memory["text"], tokens), 1)
-        return self.logits(memory["text"])[:, -1 if keep == "last" else position :]
-
-    def state_bytes(self, batch_size: int, context: int) -> int:
-        return 8 * batch_size * context
-
-
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Any]]:
-    """Two tiny random checkpoints and a byte-level BPE trained on a few lines."""
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of two tiny random checkpoints with a byte-level BPE trained on a few lines."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -297,15 +259,23 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, 
                 **size,
             )
         )
-    return {"gpt2": (gpt.eval(), fast), "llama": (llama.eval(), fast)}
+    folders = {"gpt2": tmp_path_factory.mktemp("gpt2"), "llama": tmp_path_factory.mktemp("llama")}
+    for module, folder in ((gpt, folders["gpt2"]), (llama, folders["llama"])):
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            module.save_pretrained(folder)
+        fast.save_pretrained(folder)
+    return folders
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_our_numbers_are_those_of_lm_evals_own_class(published: dict[str, tuple[Any, Any]], name: str) -> None:
+def test_our_numbers_are_those_of_lm_evals_own_class(published: dict[str, Path], name: str) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval's own class needs accelerate")
-    module, fast = published[name]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = AutoModelForCausalLM.from_pretrained(published[name]).eval()
+    fast = AutoTokenizer.from_pretrained(published[name])
     theirs = huggingface.HFLM(pretrained=module, tokenizer=fast, device="cpu", batch_size=1)
-    ours = wrap(Published(module, fast))
+    ours = wrap(load_model(f"hf:{published[name]}"))
     assert isinstance(ours, TokenLM)
     pairs = [
         ("the old house", " stood on a hill"),
@@ -327,8 +297,8 @@ def test_our_numbers_are_those_of_lm_evals_own_class(published: dict[str, tuple[
     assert ours.generate_until(written) == theirs.generate_until(written)
 
 
-def test_a_start_symbol_before_every_context_is_asked_for_and_named(published: dict[str, tuple[Any, Any]]) -> None:
-    model = Published(*published["gpt2"])
+def test_a_start_symbol_before_every_context_is_asked_for_and_named(published: dict[str, Path]) -> None:
+    model = load_model(f"hf:{published['gpt2']}")
     always = wrap(model, settings_of("stop", 0, "always"))
     before, after = model.tokenizer.encode(b"the old").ids.tolist(), model.tokenizer.encode(b" house").ids.tolist()
     (answer,) = always.loglikelihood([_asked("loglikelihood", "the old", " house")])
@@ -430,6 +400,22 @@ def test_its_errors_are_ours_there_too(monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setattr(sys, "argv", ["x", "--model_args", "spec=bhd", "--tasks", "bdh_stdlib_bpb", "--use_cache", "c"])
     assert command.main() == 2
     assert "did you mean 'bdh'" in capsys.readouterr().err
+
+
+def test_a_task_that_is_nowhere_is_a_usage_error_there_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval._cli import HarnessCLI
+
+    def fail(*_: Any) -> None:
+        raise ValueError("Tasks not found: nosuch")  # as theirs does, after half a minute in its own thousands
+
+    monkeypatch.setattr(HarnessCLI, "execute", fail)
+    monkeypatch.setattr(sys, "argv", ["x", "--model_args", "spec=bdh", "--tasks", "nosuch"])
+    assert command.main() == 2
+    said = capsys.readouterr().err
+    assert "error: Tasks not found: nosuch · expected" in said
+    assert "Traceback" not in said
 
 
 # -- our command line ----------------------------------------------------------------------------------------------------

@@ -54,6 +54,13 @@ def _cli(scratch: Path, folder: Path, *arguments: str) -> Any:
     return json.loads(_run([sys.executable, "-m", "bdh_bench.cli", *arguments, "--json"], scratch, folder))["data"]
 
 
+def test_installed_projects_say_what_the_report_and_a_user_ask(scratch: Path, tmp_path: Path) -> None:
+    for kind, name in (("models", "clocks"), ("models", "mine"), ("tasks", "echo"), ("tasks", "asks")):
+        (row,) = _cli(scratch, tmp_path, "list", kind, name)[kind]
+        assert all(option["meaning"] for option in row["options"])
+        assert kind == "tasks" or (row["kind"] == "recurrent" and row["architecture"])
+
+
 def test_installed_projects_are_listed(scratch: Path, tmp_path: Path) -> None:
     models = {row["name"]: row for row in _cli(scratch, tmp_path, "list", "models")["models"]}
     tasks = {row["name"]: row for row in _cli(scratch, tmp_path, "list", "tasks")["tasks"]}

@@ -27,6 +27,8 @@ from bdh_bench.runner.leases import boot_id, lease
 from bdh_bench.runner.plan import _training_bytes, command_line, make_plan
 from bdh_bench.runner.run import execute, exit_code, prepare, tally
 from bdh_bench.spec import RunSpec
+from bdh_bench.tasks import latency, memory
+from bdh_bench.types import TaskContext
 
 
 def _go(spec: RunSpec, root: Path, timeout_s: float = 120.0, **how: Any) -> Run:
@@ -303,3 +305,21 @@ def test_a_trained_cell_knows_what_the_fairness_card_asks(tmp_path: Path, books:
     missing = {row for row, value in card.values[name].items() if value is None}
     assert missing == {"learning_rate_trials"}
     assert run.cells[0].model_kind == "recurrent"
+
+
+@pytest.mark.parametrize("task", [memory, latency], ids=["memory", "latency"])
+@pytest.mark.parametrize("vocabulary", [16, 5000])
+def test_random_tokens_are_those_of_the_whole_vocabulary(
+    task: Any, vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = load_model(f"toy:uniform:vocab_size={vocabulary}"), set()
+    advance = model.advance
+
+    def watched(state: Any, position: int, tokens: Any, keep: Any) -> Any:
+        seen.update(tokens.flatten().tolist())
+        return advance(state, position, tokens, keep)
+
+    monkeypatch.setattr(model, "advance", watched)
+    list(task.run(model, task.Config(steps=1), TaskContext(0, 400, (400,), 256, (), "random", False, lambda *_: None)))
+    assert max(seen) < vocabulary
+    assert len(seen) > min(vocabulary - 1, 256)

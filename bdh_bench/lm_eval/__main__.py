@@ -33,9 +33,17 @@ def main() -> int:
             _adjust(arguments, adapter)
         command.execute(arguments)
     except BenchError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
+    except ValueError as error:
+        if not str(error).startswith("Tasks not found"):
+            raise
+        return _fail(f"{error} · expected names of 'lm-eval ls tasks', or of --include_path", 2)
     return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)  # noqa: T201
+    return code
 
 
 def _adjust(arguments: Any, adapter: Any) -> None:

@@ -47,7 +47,7 @@ def read_config(name: str, revision: str) -> dict[str, Any]:
     else:
         from transformers import PreTrainedConfig
 
-        with _refusals(name):
+        with _refusals(name), _quiet():
             raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision or None)
         if not raw:
             raise CheckpointError(f"{name}: no config.json", "give a folder as hf:./folder, or an ID of the hub")
@@ -209,15 +209,18 @@ def _short(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars: a worker's output is read by a program."""
+    """No progress bars and no warnings, of the hub's retries either: a worker's output is read by a program."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    shown, level, hub_level = logging.is_progress_bar_enabled(), logging.get_verbosity(), hub.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.set_verbosity(hub_level)
         if shown:
             logging.enable_progress_bar()

@@ -61,15 +61,24 @@ _LOOK_EVERY = 32  # tokens between two looks at the density
 
 @dataclass(frozen=True)
 class Config:
-    """Published option names first; ``chunk`` 0 means the rule of the kernel. The last six are ours, not the paper's.
+    """Published option names first; those from ``decay`` on are ours, not the paper's.
 
+    n_layer                      passes through the one set of weights
+    n_embd                       width D of the residual stream
+    n_head                       heads
+    mlp_internal_dim_multiplier  neurons of all heads together, as a multiple of the width
+    vocab_size                   tokens; 256 are the bytes
+    dropout                      of the published code, in training alone
+    mode           what computes: parallel or chunked (a whole text), recurrent or sparse (one token), or auto
+    chunk          tokens of a chunk; 0 means the rule of the kernel
+    state_dtype    of the memory: float32, bfloat16 or float64
     checkpointing  recompute each pass in the backward pass instead of keeping its activations
     decay          nats per token by which the memory of the first head fades; head h fades 2^(−8h/H) times as fast (ALiBi's slopes)
     rope           off leaves keys unrotated, so that the memory does not know the order of what it has read
     key_density    share of the neurons of each head that may be active for a token, the largest ones
-    key_sign       signed takes the relu off the keys
+    key_sign       positive; signed takes the relu off the keys
     delta          the memory takes in only what it did not already answer, under keys of length 1
-    attention      softmax keeps every key and value in a KV cache and reads them with a softmax
+    attention      linear; softmax keeps every key and value in a KV cache and reads them with a softmax
     """
 
     n_layer: int = 6

@@ -51,7 +51,16 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """``key_dim`` and ``value_dim`` are features of one head; value_dim 0 means twice key_dim."""
+    """Shape of the model; for a size, d_model and n_layer are solved.
+
+    d_model      width D of the residual stream
+    n_layer      layers
+    n_head       heads, each with a memory of its own
+    key_dim      features of a key of one head
+    value_dim    features of a value of one head; 0 means twice key_dim
+    conv_kernel  tokens under the short convolution
+    vocab_size   tokens; 256 are the bytes
+    """
 
     d_model: int = 66
     n_layer: int = 4

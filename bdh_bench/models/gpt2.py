@@ -45,7 +45,14 @@ _CLOSE = 0.019
 
 @dataclass(frozen=True)
 class Config:
-    """``max_positions`` 0 means the training context + 128."""
+    """Shape of the model.
+
+    n_embd         width D of the residual stream
+    n_layer        layers
+    n_head         heads
+    vocab_size     tokens; 256 are the bytes
+    max_positions  rows of the position table, past which the model refuses; 0 means the training context + 128
+    """
 
     n_embd: int = 72
     n_layer: int = 4

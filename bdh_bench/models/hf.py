@@ -48,7 +48,14 @@ _STRETCHED = ("dynamic", "longrope")  # rotary types whose angles depend on the 
 
 @dataclass(frozen=True)
 class Config:
-    """``name`` is the folder or ID after ``hf:``, ``revision`` what follows the ``@``."""
+    """How a checkpoint is read.
+
+    name       the folder or ID after ``hf:``
+    revision   what follows the ``@``
+    tokenizer  auto is the checkpoint's own; bytes for one without, whose first 256 ids are the bytes
+    start      the symbol before every text: auto (the tokenizer's own), none, or the id of a token
+    cache      way of reading: auto (the first that is exact), cached, stepwise, rowwise or recompute
+    """
 
     name: str = ""
     revision: str = ""

@@ -57,7 +57,17 @@ _EPS = 1e-6  # of the normaliser, as in the published code
 
 @dataclass(frozen=True)
 class Config:
-    """``key_dim`` 0 means as many features per key as per value, d_model / n_head."""
+    """Shape of the model.
+
+    d_model     width D of the residual stream
+    n_layer     layers
+    n_head      heads
+    key_dim     features of a key; 0 means as many as of a value, d_model / n_head
+    feature     of queries and keys: identity (signed), relu (partly zero) or elu (elu + 1, with a normaliser)
+    rope        off leaves queries and keys unrotated: the order of what was read is lost
+    vocab_size  tokens; 256 are the bytes
+    rope_theta  base of the rotary frequencies
+    """
 
     d_model: int = 76
     n_layer: int = 4

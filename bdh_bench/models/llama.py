@@ -63,11 +63,21 @@ _SHAPE = ("d_model", "n_layer", "n_head", "kv_heads", "vocab_size")
 
 @dataclass(frozen=True)
 class Config:
-    """``kv_heads`` 0 means as many as ``n_head``; fewer share keys and values (grouped-query attention).
+    """Shape of the model, its KV cache and its positions; how they work stands above.
 
-    window, sinks, kv_bits   0 means off
-    rope_factor              how much longer than ``rope_context`` texts may get; needs ``rope_scaling``
-    attention                linear replaces the softmax
+    d_model       width D of the residual stream
+    n_layer       layers
+    n_head        query heads
+    kv_heads      heads of keys and values (grouped-query attention); 0 means as many as n_head
+    vocab_size    tokens; 256 are the bytes
+    rope_theta    base of the rotary frequencies
+    window        tokens that a token sees, itself included; 0 means all
+    sinks         first tokens that are kept beside a window
+    kv_bits       8 or 4 round keys and values to so many bits; 0 means off
+    rope_scaling  none, linear, ntk, yarn or llama3
+    rope_factor   how much longer than rope_context texts may get; needs rope_scaling
+    rope_context  context of the training, for yarn and llama3
+    attention     softmax, or linear in its place
     """
 
     d_model: int = 76
@@ -253,6 +263,11 @@ class Model(Streaming, nn.Module):
             return "transformers, torch linear attention in chunks"
         codes = f"; one token at a time, torch attention on codes of {c.kv_bits} bits in blocks" if c.kv_bits else ""
         return "transformers, torch fused attention" + codes
+
+    @property
+    def discontinuous(self) -> bool:
+        """Whether logits jump somewhere: rounding to codes is a step, and sums in another order may fall on its other side."""
+        return bool(self.config.kv_bits)
 
 
 def _linear_attention_name() -> str:

@@ -42,7 +42,12 @@ _LAYERS = ((2e6, 2), (3e7, 3))
 
 @dataclass(frozen=True)
 class Config:
-    """D is the width of the residual stream and of every layer's state."""
+    """Shape of the model.
+
+    d_model     width D of the residual stream and of every layer's state
+    n_layer     layers
+    vocab_size  tokens; 256 are the bytes
+    """
 
     d_model: int = 128
     n_layer: int = 2

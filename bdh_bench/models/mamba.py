@@ -39,7 +39,16 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model; dt_rank = 0 stands for ceil(d_model / 16)."""
+    """Shape of the model.
+
+    d_model      width D of the residual stream
+    n_layer      layers
+    state_size   numbers of state per inner channel
+    conv_kernel  tokens under the short convolution
+    expand       inner channels, as a multiple of the width
+    dt_rank      rank of the projection to step sizes; 0 stands for ceil(d_model / 16)
+    vocab_size   tokens; 256 are the bytes
+    """
 
     d_model: int = 72
     n_layer: int = 6

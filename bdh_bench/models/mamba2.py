@@ -47,7 +47,17 @@ _CUDA_CHUNK = 256
 
 @dataclass(frozen=True)
 class Config:
-    """Shape of the model; head_dim = 0 stands for about an eighth of the inner channels, at most 64."""
+    """Shape of the model.
+
+    d_model      width D of the residual stream
+    n_layer      layers
+    state_size   rows of the state of a head
+    conv_kernel  tokens under the short convolution
+    expand       inner channels, as a multiple of the width
+    head_dim     channels of a head; 0 stands for about an eighth of the inner channels, at most 64
+    n_groups     groups of heads that share their keys and queries (B and C)
+    vocab_size   tokens; 256 are the bytes
+    """
 
     d_model: int = 72
     n_layer: int = 6

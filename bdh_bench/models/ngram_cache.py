@@ -49,7 +49,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Config:
-    """``orders`` is the longest counted context; ``weight`` is w, what a count from the context weighs; ``escape`` is e."""
+    """How counts become probabilities.
+
+    orders  longest counted context
+    weight  w, what a count from the context weighs
+    escape  e, what each distinct successor leaves for shorter contexts
+    """
 
     orders: int = 5
     weight: float = 8.0

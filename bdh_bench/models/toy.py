@@ -56,7 +56,15 @@ _CERTAIN = 1e4  # exp(-1e4) is 0 in every float type, and unlike an infinite gap
 
 @dataclass(frozen=True)
 class Config:
-    """``name`` is the word after ``toy:``; ``bytes`` 0 means the word's own default."""
+    """What the words above take.
+
+    name             the word after ``toy:``
+    vocab_size       tokens; 256 are the bytes
+    period           positions back that copy looks
+    seconds          that sleep takes per extend
+    bytes            of alloc and const_state; 0 means the word's own default
+    bytes_per_token  of state, for linear_kv
+    """
 
     name: str = "uniform"
     vocab_size: int = 256

@@ -35,7 +35,13 @@ _EXAMINED = (64, 128, 256, 512)
 
 @dataclass(frozen=True)
 class Config:
-    """``sequences`` per length; ``cap`` practised examples at the most; ``unique`` draws no symbol twice."""
+    """How much is practised and examined.
+
+    sequences  examined per length
+    cap        practised examples at the most
+    batch      examples in a training step
+    unique     1 draws no symbol twice in a text
+    """
 
     sequences: int = 100
     cap: int = 50_000

@@ -35,7 +35,13 @@ _SHORTEST = 64
 
 @dataclass(frozen=True)
 class Config:
-    """``sequences`` per length; ``longest`` examined length; ``cap`` practised examples at the most."""
+    """How much is practised and examined.
+
+    sequences  examined per length
+    longest    length that is examined
+    cap        practised examples at the most
+    batch      examples in a training step
+    """
 
     sequences: int = 200
     longest: int = 4096

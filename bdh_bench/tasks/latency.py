@@ -35,7 +35,14 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """``steps`` per window, ``windows`` per depth, ``prefills`` repeats; ``batch_size`` streams; ``force`` times sparse random weights."""
+    """What is timed.
+
+    steps       tokens of a window
+    windows     per depth
+    prefills    repeats
+    batch_size  streams
+    force       1 times sparse decoding on random weights too
+    """
 
     steps: int = 32
     windows: int = 5

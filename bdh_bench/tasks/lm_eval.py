@@ -56,7 +56,17 @@ _TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Config:
-    """``names`` is the word of the task; ``limit`` documents per task (0: all), ``shots`` examples per prompt (0: as the task says)."""
+    """What lm-eval is asked for.
+
+    names         the word of the task: its name in lm-eval, or several
+    limit         documents per task; 0: all
+    shots         examples per prompt; 0: as the task says
+    include       a folder with tasks of your own in YAML files
+    stock         on adds the tasks of the package, most of which download their data
+    windowing     of documents longer than a model's positions: stop (unsupported) or sliding:STRIDE, another metric
+    start         where the start symbol stands: empty (before an empty context alone) or always
+    state_budget  bytes of state that may be kept to branch from
+    """
 
     names: str = ""
     limit: int = 0

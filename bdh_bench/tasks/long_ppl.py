@@ -49,7 +49,15 @@ _GATE_BYTES = 256  # of each of two texts, to see whether a state leaks from one
 
 @dataclass(frozen=True)
 class Config:
-    """``block`` is S, ``blocks`` is K. 0 stands for 16 training contexts (``stream_bytes``) and for one (``window``)."""
+    """What is scored.
+
+    block         S, bytes of a target block
+    blocks        K, target blocks per document
+    stream_bytes  of a document in the stream score; 0: 16 training contexts
+    window        bytes in all with ``--state window``; 0: the training context
+    stride        bytes that are scored per window
+    boundary      1 adds the boundary probe
+    """
 
     block: int = 128
     blocks: int = 2

@@ -33,7 +33,11 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """``steps`` decoded tokens after the prompt; ``batch_size`` streams."""
+    """What is read.
+
+    steps       decoded tokens after the prompt
+    batch_size  streams
+    """
 
     steps: int = 16
     batch_size: int = 1

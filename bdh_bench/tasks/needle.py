@@ -48,7 +48,16 @@ _OVERHEAD = 512
 
 @dataclass(frozen=True)
 class Config:
-    """``prompts`` per depth; ``haystack`` 1, 2 or 3; ``tuned`` practises first. ``block`` and ``blocks`` choose the documents."""
+    """What is asked.
+
+    prompts   per depth
+    haystack  1 is one sentence over and over, 2 held-out text, 3 the same with nine distractors
+    tuned     1 practises first
+    cap       practised prompts at the most
+    batch     prompts in a training step
+    block     chooses the documents, with blocks, as long_ppl does
+    blocks    see block
+    """
 
     prompts: int = 50
     haystack: int = 2

@@ -52,7 +52,13 @@ _POWER = 0.01
 
 @dataclass(frozen=True)
 class Config:
-    """``sequences`` per test cell; ``cap`` practised examples at the most; ``forgetting`` writes every key twice."""
+    """How much is practised and examined.
+
+    sequences   per test cell
+    cap         practised examples at the most
+    batch       examples in a training step
+    forgetting  1 writes every key twice
+    """
 
     sequences: int = 200
     cap: int = 300_000

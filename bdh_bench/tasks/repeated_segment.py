@@ -37,7 +37,13 @@ _WORDS, _LETTERS = 400, b"abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Config:
-    """``passages`` of ``block`` bytes, and the ``longest`` gap."""
+    """What is read twice.
+
+    passages  how many
+    block     bytes of a passage
+    blocks    chooses the documents, with block, as long_ppl does
+    longest   gap in bytes
+    """
 
     passages: int = 50
     block: int = 256

@@ -39,7 +39,11 @@ _DISTANCES = (1, 16, 256)
 
 @dataclass(frozen=True)
 class Config:
-    """``block`` and ``blocks`` choose the documents as ``long_ppl`` does: each holds the longest context and that much more."""
+    """Which documents: each holds the longest context and so much more.
+
+    block   chooses the documents, with blocks, as long_ppl does
+    blocks  see block
+    """
 
     block: int = 128
     blocks: int = 1

@@ -20,12 +20,23 @@ from torch.nn import functional as F
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
+#: ``kind`` is transformer, recurrent, or control; ``architecture`` says in a few words what is not in other models. The report shows both.
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "a gated average per channel, RMSNorm before each layer, tied embeddings, no positions",
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options on the command line, NAME:d_model=64, and their defaults."""
+    """The options on the command line, NAME:d_model=64; ``bdh-bench list models NAME`` shows what is said of them here.
+
+    d_model     width D of the residual stream
+    n_layer     layers
+    vocab_size  tokens; 256 are the bytes
+    """
 
     d_model: int = 128
     n_layer: int = 4

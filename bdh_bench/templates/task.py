@@ -33,7 +33,10 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Config:
-    """The options on the command line, NAME:texts=16; whole numbers of at least 1."""
+    """The options on the command line, NAME:texts=16; whole numbers of at least 1.
+
+    texts  pairs of texts that differ in one byte
+    """
 
     texts: int = 8
 

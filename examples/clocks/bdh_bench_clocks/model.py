@@ -26,12 +26,23 @@ from bdh_bench.errors import SpecError
 from bdh_bench.session import Streaming, TensorMemory
 from bdh_bench.types import Keep
 
-DEFAULTS = {"learning_rate": 4e-3, "position_limit": "none"}
+DEFAULTS = {
+    "learning_rate": 4e-3,
+    "position_limit": "none",
+    "kind": "recurrent",
+    "architecture": "averages at fixed speeds and an MLP that reads them, tied embeddings, no positions",
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """``longest`` is the half-life of the slowest channel, in tokens."""
+    """Shape of the model.
+
+    d_model     width D of the residual stream
+    n_layer     layers
+    longest     half-life of the slowest channel, in tokens
+    vocab_size  tokens; 256 are the bytes
+    """
 
     d_model: int = 128
     n_layer: int = 4
