@@ -519,7 +519,7 @@ def _entry_rows(kind: str, name: str | None, details: bool, size: str) -> list[d
         if name:
             shared = dict(WEIGHT_OPTIONS) if kind == "models" else {}
             row |= {fact: entry.defaults.get(fact, "") for fact in ("kind", "architecture") if kind == "models"}
-            row["options"] = options.rows(dict(entry.options) | dict.fromkeys(shared), entry.meanings | shared)
+            row["options"] = options.rows({**entry.options, **dict.fromkeys(shared)}, {**entry.meanings, **shared})
             row["text"] = entry.text
         if details:
             from bdh_bench.details import describe
