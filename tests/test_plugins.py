@@ -88,7 +88,7 @@ _BROKEN = {
     ),
     "syntax": ("class Model(:\n", "SyntaxError"),
     "null": ("x = 1\0", "source code string cannot contain null bytes"),
-    "computed": (_MODEL.replace('{"learning_rate": 4e-3,', '{"learning_rate": math.sqrt(4),'), "no literal dictionary"),
+    "computed": (_MODEL.replace('"learning_rate": 4e-3,', '"learning_rate": math.sqrt(4),'), "no literal dictionary"),
     "listed": (_MODEL.replace("DEFAULTS = {", "DEFAULTS = 1, {"), "no literal dictionary"),
     "no_config": (_MODEL.replace("class Config:", "class Options:"), "defines no Config"),
     "elsewhere": ("from bdh_bench.models.toy import Config, Model\n", "Config is not a class of this file"),
