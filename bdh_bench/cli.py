@@ -685,6 +685,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     try:
         code = app(args=arguments, standalone_mode=False)
+        if code == 130 and "--json" in arguments:  # the parser has made an exit code of Ctrl-C
+            code = _fail(arguments, 130, "Interrupted", "stopped by the user", "")
     except BenchError as error:
         if os.environ.get("BDH_BENCH_DEBUG"):
             traceback.print_exc()

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,3 +161,13 @@ def test_any_bytes_are_text(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "8.000" in done.stdout
+
+
+def test_a_program_that_is_stopped_still_gets_its_one_object(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bdh_bench.results.store.list_runs", stop)
+    code, out, _ = cli("list", "runs", "--json")
+    assert code == 130
+    assert [e["code"] for e in json.loads(out)["errors"]] == ["Interrupted"]
