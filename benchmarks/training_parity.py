@@ -1,0 +1,203 @@
+"""Does BDH learn with our kernels what it learns in the published form? Two loss curves from one process, step by step.
+
+    make bench-parity DATA=tinyshakespeare.txt         # or: python benchmarks/training_parity.py --data FILE --steps 300
+    python benchmarks/training_parity.py --data FILE --csv results/training-parity.csv
+
+``parallel`` is the published arithmetic, T×T scores, differentiated by autograd; ``chunked`` is our kernel with its explicit backward
+pass. Both start from the same weights, read the same pieces in the same order, and take turns. After each step their losses must
+agree within 1 %.
+
+The loop is ``training/loop.py`` itself with the published recipe: random pieces of 512 bytes, AdamW with its usual moments (0.9, 0.999)
+at a constant 1e-3, decay 0.1, no clipping. Scaled down: width, neurons and pieces per step. Departures: float32 without autocast,
+no dropout, and a piece begins with the start symbol, as everywhere in this project.
+
+A loss curve is a weak witness, because AdamW divides a gradient by its own size and so forgives a wrong constant factor. Every few steps
+``gradient_difference`` therefore holds the gradients of both forms against each other at the weights that ``chunked`` has by then:
+‖g_chunked − g_parallel‖ / ‖g_parallel‖, the largest over the parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from engine import machine  # type: ignore[import-not-found]  # beside this file
+from torch import Tensor
+
+from bdh_bench import load_model
+from bdh_bench.data.corpus import Document, open_corpus
+from bdh_bench.data.pieces import TrainingText
+from bdh_bench.kernels.bdh_pass import chunk_length
+from bdh_bench.training.loop import Training, begun, piece_loss
+from bdh_bench.training.recipe import Recipe
+
+LOSS_LIMIT = 0.01  # relative
+GRADIENT_LIMIT = 1e-3  # relative; float32 leaves about a tenth of it at most, a factor of 1.01 ten times as much
+_BETAS = (0.9, 0.999)  # the published script leaves them as AdamW has them
+_MODEL = "bdh:n_layer=6:n_embd=64:mlp_internal_dim_multiplier=32"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Losses are in nats per byte, before the update of that step; ``gradient_difference`` is None where it was not looked at."""
+
+    step: int
+    loss_parallel: float
+    loss_chunked: float
+    relative_difference: float
+    gradient_difference: float | None
+
+
+def published_recipe(steps: int, batch: int, context: int = 512, seed: int = 1337) -> Recipe:
+    """Constant rate, no clipping; ``batch`` pieces per step."""
+    return Recipe(
+        bytes=steps * batch * context,
+        context=context,
+        learning_rate=1e-3,
+        seed=seed,
+        batch_bytes=batch * context,
+        warm_up=0.0,
+        final_share=1.0,
+        clip_norm=math.inf,
+    )
+
+
+def side(model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Training:
+    """The project's training before its first step, with the moments of the published script."""
+    run = begun(model, recipe, documents)
+    for group in run.optimiser.param_groups:
+        group["betas"] = _BETAS
+    return run
+
+
+def compare(
+    spec: str, recipe: Recipe, documents: tuple[Document, ...], look_every: int = 25, dtype: str = "float32"
+) -> Iterator[Step]:
+    """Both forms of the bdh that ``spec`` names, trained side by side."""
+    parallel, chunked, truth = (
+        load_model(f"{spec}:mode={mode}", dtype=dtype, seed=recipe.seed) for mode in ("parallel", "chunked", "parallel")
+    )
+    chunked.load_state_dict(parallel.state_dict())
+    runs = [side(model, recipe, documents) for model in (parallel, chunked)]
+    text = TrainingText(documents, recipe.context).pieces(recipe.seed + 1)  # other pieces than the first steps'
+    pieces = torch.from_numpy(np.stack(list(islice(text, runs[0].reader.rows))).astype(np.int64))
+    for step in range(runs[0].steps):
+        found = None
+        if step % look_every == 0 or step == runs[0].steps - 1:
+            truth.load_state_dict(chunked.state_dict())
+            found = gradient_difference(chunked, truth.train(), pieces)
+        a, b = (float(run.one()) for run in runs)
+        for run in runs:
+            run.step += 1
+        yield Step(step, a, b, abs(b - a) / a, found)
+
+
+def gradient_difference(model: Any, truth: Any, pieces: Tensor) -> float:
+    """The largest ‖g_model − g_truth‖ / ‖g_truth‖ over the parameters, on the loss that training uses."""
+    ours, theirs = (torch.autograd.grad(piece_loss(m, pieces), [*m.parameters()]) for m in (model, truth))
+    return float(torch.stack([(g - t).norm() / t.norm() for g, t in zip(ours, theirs, strict=True)]).max())
+
+
+def objections(steps: list[Step]) -> list[str]:
+    """Why these curves do not show that both forms learn the same; empty if they do."""
+    apart = [s for s in steps if not s.relative_difference <= LOSS_LIMIT]  # written so that a loss of nan is apart
+    wrong = [s for s in steps if s.gradient_difference is not None and not s.gradient_difference <= GRADIENT_LIMIT]
+    found = []
+    if apart:
+        found.append(f"losses differ by more than {LOSS_LIMIT:.0%} at {len(apart)} steps, first at {apart[0].step}")
+    if wrong:
+        found.append(
+            f"gradients differ by more than {GRADIENT_LIMIT:g} at steps {', '.join(str(s.step) for s in wrong)}"
+        )
+    if not any(s.gradient_difference is not None for s in steps):
+        found.append("no gradients were compared")
+    if not steps or not steps[-1].loss_parallel < 0.9 * steps[0].loss_parallel:
+        found.append("the published form learned nothing, so that agreement says nothing")
+    return found
+
+
+def summary(steps: list[Step]) -> str:
+    """The whole curve in a line."""
+    worst = max(steps, key=lambda s: s.relative_difference)
+    looked = [s.gradient_difference for s in steps if s.gradient_difference is not None]
+    return (
+        f"loss {steps[0].loss_parallel:.4f} -> {steps[-1].loss_parallel:.4f} parallel, {steps[-1].loss_chunked:.4f} chunked; "
+        f"largest relative difference {worst.relative_difference:.2e} at step {worst.step}; "
+        f"largest difference of gradients at equal weights {max(looked):.2e} of {len(looked)} looks"
+    )
+
+
+def facts(spec: str, model: Any, recipe: Recipe, documents: tuple[Document, ...]) -> Iterator[str]:
+    """What was trained on what and how."""
+    chunk = model.config.chunk or chunk_length(model.config.n_embd)
+    yield f"{spec}, {model.parameter_count():,} parameters, a piece is {math.ceil(recipe.context / chunk)} chunks of {chunk}"
+    yield (
+        f"AdamW{_BETAS} {recipe.learning_rate:g} constant, decay {recipe.weight_decay:g}, no clipping, dropout {model.config.dropout:g}, "
+        f"{recipe.precision}, {recipe.batch(recipe.context)} pieces of {recipe.context} bytes per step, seed {recipe.seed}"
+    )
+    for d in documents if len(documents) < 3 else ():
+        yield f"{d.name}, {d.size:,} bytes, sha256 {d.sha256}"
+    if len(documents) >= 3:
+        yield f"{len(documents)} documents, {sum(d.size for d in documents):,} bytes"
+
+
+def write(path: Path, comments: Iterable[str], steps: list[Step]) -> None:
+    """The curves as CSV, with machine and recipe in comments above them."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        for comment in comments:
+            print(f"# {comment}", file=file)
+        writer = csv.DictWriter(file, [f.name for f in fields(Step)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _shown(k, v) for k, v in asdict(one).items()} for one in steps)
+
+
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.8g}" if name.startswith("loss") else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a text file or a folder of them, or stdlib")
+    parser.add_argument("--model", default=_MODEL, help="a bdh without mode")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=4, help="pieces per step")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--look-every", type=int, default=25, help="steps between two looks at the gradients")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--csv", type=Path, help="write the curves here too")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    documents = open_corpus("stdlib" if arguments.data == "stdlib" else f"path:{arguments.data}").part("train")
+    recipe = published_recipe(arguments.steps, arguments.batch, seed=arguments.seed)
+    done: list[Step] = []
+    for one in compare(arguments.model, recipe, documents, arguments.look_every):
+        done.append(one)
+        if one.gradient_difference is not None:
+            print(
+                f"step {one.step:5}  parallel {one.loss_parallel:.5f}  chunked {one.loss_chunked:.5f}  "
+                f"apart {one.relative_difference:.1e}  gradients apart {one.gradient_difference:.1e}",
+                flush=True,
+            )
+    print(summary(done))
+    if arguments.csv:
+        comments = [machine(), *facts(arguments.model, load_model(arguments.model), recipe, documents), summary(done)]
+        write(arguments.csv, comments, done)
+    for objection in (found := objections(done)):
+        print(f"not equal: {objection}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
