@@ -44,10 +44,10 @@ def benchmark() -> ModuleType:
 
 
 def _compared(benchmark: ModuleType) -> list:
-    """Five steps in float64, the gradients looked at before each."""
+    """Five steps, the gradients looked at before each."""
     recipe = benchmark.published_recipe(_STEPS, _BATCH, _CONTEXT)
     document = Document("this file", Path(__file__))
-    return list(benchmark.compare(_SPEC, recipe, (document,), look_every=1, dtype="float64"))
+    return list(benchmark.compare(_SPEC, recipe, (document,), look_every=1))
 
 
 # -- the published arithmetic ---------------------------------------------------------------------------------------------
@@ -114,8 +114,9 @@ def test_both_forms_train_alike(benchmark: ModuleType) -> None:
     steps = _compared(benchmark)
     assert [s.step for s in steps] == [*range(_STEPS)]
     assert steps[-1].loss_parallel < steps[0].loss_parallel
-    assert max(s.relative_difference for s in steps) <= 1e-6  # the loop takes the loss itself in float32
-    assert max(s.gradient_difference for s in steps) <= 1e-6
+    assert max(s.relative_difference for s in steps) <= 1e-4
+    assert max(s.gradient_difference for s in steps) <= 1e-9
+    assert all(1e-9 < r < 1e-2 for s in steps for r in (s.rounding_parallel, s.rounding_chunked))
 
 
 @pytest.mark.parametrize("wrong", ["encoder", "encoder_v", "decoder", "values", "state"])
@@ -124,7 +125,7 @@ def test_a_gradient_one_percent_too_large_is_seen(
 ) -> None:
     monkeypatch.setattr(bdh_pass, "_backward", _planted(wrong))
     steps = _compared(benchmark)
-    assert min(s.gradient_difference for s in steps) > 3 * benchmark.GRADIENT_LIMIT
+    assert min(s.gradient_difference for s in steps) > 1e-3 > benchmark.GRADIENT_LIMIT
     assert any("gradients" in found for found in benchmark.objections(steps))
 
 
@@ -203,7 +204,7 @@ def test_the_loop_takes_the_steps_of_plain_adamw(benchmark: ModuleType) -> None:
     ],
 )
 def test_curves_are_objected_to_for_each_reason(benchmark: ModuleType, change: dict, reason: str | None) -> None:
-    good = {"loss_parallel": 4.0, "loss_chunked": 4.0, "relative_difference": 0.0, "gradient_difference": 1e-6}
+    good = {"loss_parallel": 4.0, "loss_chunked": 4.0, "relative_difference": 0.0, "gradient_difference": 1e-8}
     steps = [benchmark.Step(0, 5.5, 5.5, 0.0, None), benchmark.Step(1, **{**good, **change})]
     found = benchmark.objections(steps)
     assert [reason in one for one in found] == [True] if reason else found == []
