@@ -16,6 +16,9 @@ A loss curve is a weak witness, because AdamW divides a gradient by its own size
 float64: ‖g_chunked − g_parallel‖ / ‖g_parallel‖, the largest over the parameters. ``rounding_parallel`` and ``rounding_chunked`` are what
 either form loses in float32 against float64. They jump to 1e-3 when rounding carries one neuron of one token over the edge of its relu,
 in either form, so that a comparison in float32 could not tell such a jump from a small error.
+
+How far apart may two curves be that differ by nothing but rounding? ``loss_last_bit`` is the control: ``chunked`` once more, from weights
+that differ in their last bit. What it differs from ``loss_chunked`` by is the training's own sensitivity, not a form's.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import csv
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,7 @@ class Step:
     gradient_difference: float | None
     rounding_parallel: float | None = None
     rounding_chunked: float | None = None
+    loss_last_bit: float | None = None
 
 
 def published_recipe(steps: int, batch: int, context: int = 512, seed: int = 1337) -> Recipe:
@@ -98,6 +102,25 @@ def compare(spec: str, recipe: Recipe, documents: tuple[Document, ...], look_eve
         for run in runs:
             run.step += 1
         yield Step(step, a, b, abs(b - a) / a, *found)
+
+
+def control(spec: str, recipe: Recipe, documents: tuple[Document, ...], steps: list[Step]) -> Iterator[Step]:
+    """The same steps with the losses of ``chunked`` from weights one bit off."""
+    model = load_model(f"{spec}:mode=chunked", seed=recipe.seed)
+    one_bit_off(model)
+    run = side(model, recipe, documents)
+    for step in steps:
+        yield replace(step, loss_last_bit=float(run.one()))
+        run.step += 1
+
+
+@torch.no_grad()
+def one_bit_off(model: Any) -> None:
+    """Every weight moved to a neighbouring number of its dtype, up or down at random."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        up = torch.rand(weight.shape, generator=generator) < 0.5
+        weight.copy_(torch.nextafter(weight, torch.where(up, math.inf, -math.inf).to(weight)))
 
 
 def compare_gradients(spec: str, weights: dict[str, Tensor], pieces: Tensor) -> tuple[float, float, float]:
@@ -140,10 +163,12 @@ def summary(steps: list[Step]) -> str:
     """The whole curve in a line."""
     worst = max(steps, key=lambda s: s.relative_difference)
     looked = [s.gradient_difference for s in steps if s.gradient_difference is not None]
+    off = [abs(s.loss_last_bit / s.loss_chunked - 1) for s in steps if s.loss_last_bit is not None]
     return (
         f"loss {steps[0].loss_parallel:.4f} -> {steps[-1].loss_parallel:.4f} parallel, {steps[-1].loss_chunked:.4f} chunked; "
         f"largest relative difference {worst.relative_difference:.2e} at step {worst.step}; "
         f"largest difference of gradients at equal weights {max(looked):.2e} of {len(looked)} looks, in float64"
+        + (f"; one bit of the first weights changes the loss of chunked by up to {max(off):.2e}" if off else "")
     )
 
 
@@ -202,6 +227,7 @@ def main() -> int:
                 f"rounding {one.rounding_parallel:.1e} parallel, {one.rounding_chunked:.1e} chunked",
                 flush=True,
             )
+    done = list(control(arguments.model, recipe, documents, done))
     print(summary(done))
     if arguments.csv:
         comments = [machine(), *facts(arguments.model, load_model(arguments.model), recipe, documents), summary(done)]

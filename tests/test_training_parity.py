@@ -191,6 +191,22 @@ def test_the_loop_takes_the_steps_of_plain_adamw(benchmark: ModuleType) -> None:
         assert torch.allclose(a, b, rtol=0, atol=1e-7)  # a step is about 1e-3
 
 
+def test_the_control_is_the_same_training_one_bit_off(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, document = benchmark.published_recipe(_STEPS, _BATCH, _CONTEXT), Document("this file", Path(__file__))
+    steps = _compared(benchmark)
+    off = list(benchmark.control(_SPEC, recipe, (document,), steps))
+    assert [s.loss_last_bit for s in off] == pytest.approx([s.loss_chunked for s in steps], rel=1e-4)
+    assert "one bit" in benchmark.summary(off)
+    model, moved = (load_model(_SPEC) for _ in range(2))
+    benchmark.one_bit_off(moved)
+    for a, b in zip(model.parameters(), moved.parameters(), strict=True):
+        assert bool(((a - b).abs() > 0).all())
+        assert bool(((a - b).abs() <= 1.2e-7 * a.abs()).all())
+    monkeypatch.setattr(benchmark, "one_bit_off", lambda model: None)
+    same = list(benchmark.control(_SPEC, recipe, (document,), steps))
+    assert [s.loss_last_bit for s in same] == [s.loss_chunked for s in steps]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
