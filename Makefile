@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUNS   ?= runs
+DATA   ?= stdlib
 
-.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training docs-hf clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training bench-parity docs-hf clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ bench-cache: $(VENV)/.user
 
 bench-training: $(VENV)/.user
 	$(BIN)/python benchmarks/training_step.py
+
+bench-parity: $(VENV)/.user
+	$(BIN)/python benchmarks/training_parity.py --data $(DATA)
 
 docs-hf: $(VENV)/.dev
 	$(BIN)/python docs/generate_hf_models.py

@@ -299,12 +299,17 @@ def main() -> None:
         write(arguments.csv, done)
 
 
-def write(path: Path, figures: list[Figure]) -> None:
-    """The table as CSV, with the machine in a comment above it."""
+def machine() -> str:
+    """Hardware, threads and versions, in a line."""
     facts = environment()
     versions = " ".join(f"{name} {value}" for name, value in facts["versions"].items())
+    return f"{facts['cpu']}, {torch.get_num_threads()} threads, Python {facts['python']}, {versions}"
+
+
+def write(path: Path, figures: list[Figure]) -> None:
+    """The table as CSV, with the machine in a comment above it."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        print(f"# {facts['cpu']}, {torch.get_num_threads()} threads, Python {facts['python']}, {versions}", file=file)
+        print(f"# {machine()}", file=file)
         writer = csv.DictWriter(file, [f.name for f in fields(Figure)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(
