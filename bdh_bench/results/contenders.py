@@ -14,7 +14,7 @@ from typing import Any
 
 from bdh_bench.results import statistics
 from bdh_bench.results.decisions import EQUIVALENCE_MARGIN
-from bdh_bench.results.naming import names_of
+from bdh_bench.results.naming import names_of, without_regime
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import Point, clusters_of, finite, frozen_axes, samples_of
 from bdh_bench.types import Record
@@ -70,6 +70,11 @@ class Facts:
         """The short name of a model in this run."""
         return self.names[model]
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """Short names for tables, where what does not compete must say so."""
+        return {m: f"{name} (yardstick)" if self.kind[m] == YARDSTICK else name for m, name in self.names.items()}
+
     def regime(self, model: str) -> str:
         """How the model was trained: by its own report, else as the request says; weights that were not trained here have none."""
         for cell in self.run.cells:
@@ -83,6 +88,10 @@ class Facts:
         for subject in self.subjects:
             yield from ((subject, other) for other in self.contenders if other not in self.subjects)
         yield from pairwise(self.subjects)
+
+    def machines(self) -> list[str]:
+        """The contenders whose bytes and times are their own: of several that differ in training only, the first."""
+        return list({without_regime(model): model for model in reversed(self.contenders)}.values())[::-1]
 
     def select(self, model: str, metric: str) -> list[Point]:
         """Points of one model and metric that have a value, by context."""

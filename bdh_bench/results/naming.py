@@ -39,6 +39,11 @@ def names_of(run: Run) -> dict[str, str]:
     return {model: name if taken.count(name) == 1 else model for model, name in names.items()}
 
 
+def without_regime(model: str) -> str:
+    """The name of the model that was trained otherwise, or not at all: what its bytes and times depend on."""
+    return ":".join(part for part in _COLONS.split(model) if not part.startswith("regime="))
+
+
 def _parts(model: str, family: str, regime: str) -> _Parts:
     first, *rest = _COLONS.split(model)
     options = dict(part.split("=", 1) for part in rest if _OPTION.match(part))

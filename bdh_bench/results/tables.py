@@ -366,9 +366,7 @@ def _value_table(
         columns = tuple(f"c = {at:,}" if at or begins else "any c" for at in places)
     label = known.label if known else metric
     title = f"{task}: {label}{f', by {varied}' if varied else ''}"
-    return Table(
-        id_, title, known.meaning if known else "", ("model", *columns), body, _scope(metric, group), detail
-    )
+    return Table(id_, title, known.meaning if known else "", ("model", *columns), body, _scope(metric, group), detail)
 
 
 def _scope(metric: str, group: Sequence[Point]) -> str:
