@@ -584,7 +584,7 @@ def _open(
         yield undecided(f"Anything beyond {count(longest)} bytes of context.")
     if quality and known.training.status != "sufficient":
         yield Claim(
-            "Anything about contexts longer than the training context: undertrained."
+            "Anything about long contexts: undertrained."
             if known.training.undertrained
             else f"Whether training was long enough: {known.training.text}.",
             known.training.cells,

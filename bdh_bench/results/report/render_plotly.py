@@ -12,10 +12,10 @@ from typing import Any
 
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.escaping import plotly as safe
-from bdh_bench.results.figures import Axis, Dot, Figure, Mark, Reference, Series
+from bdh_bench.results.figure import Axis, Dot, Figure, Mark, Reference, Series
 
 _MARKERS = {"cross": "x"}
-_MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open"}
+_MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open", "half": "cross-thin-open"}
 
 
 def to_plotly(figure: Figure) -> dict[str, Any]:
@@ -31,10 +31,11 @@ def _trace(line: Series, figure: Figure) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "scatter",
         "mode": "lines+markers" if measured and len(line.points) <= 40 else "lines",
-        "name": safe(line.label if measured else f"{line.label} ({line.kind})"),
+        "name": safe(line.label if line.kind in ("measured", "reference") else f"{line.label} ({line.kind})"),
         "x": [dot.x for dot in line.points],
         "y": [dot.y for dot in line.points],
         "connectgaps": False,
+        "showlegend": line.legend,
         "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1},
         "marker": {"color": line.color, "symbol": _MARKERS.get(line.marker, line.marker), "size": 8},
         "text": [_hover(dot, figure) for dot in line.points],
@@ -59,7 +60,7 @@ def _reach(upper: float | None, lower: float | None) -> float | None:
 def _hover(dot: Dot, figure: Figure) -> str:
     span = interval(dot.low, dot.high, figure.y.unit)
     status = "" if dot.status == "ok" else f" · {dot.status}"
-    x = quantity(dot.x, figure.x.unit) if figure.x.unit == "byte" else f"{dot.x:,.0f} {figure.x.unit}"
+    x = figure.x.read(dot.x) + (f" {figure.x.unit}" if figure.x.unit not in ("", "byte") else "")
     y = quantity(dot.y, figure.y.unit) if dot.y is not None else GAP
     return safe(f"{figure.x.label} {x}: {y} {span}{status}")
 
@@ -102,7 +103,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
 def _axis(axis: Axis) -> dict[str, Any]:
     out: dict[str, Any] = {
         "title": {"text": safe(axis.title)},
-        "type": axis.scale,
+        "type": "linear" if axis.scale == "ordinal" else axis.scale,
         "automargin": True,
         "zeroline": False,
     }
