@@ -42,6 +42,7 @@ class Claim:
     kind: Kind
     topic: str = ""
     short: str = ""
+    context: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
     first = (*_training(known), *_signals(known), *_regimes(known))
     rest = (*_contexts(known), *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
     claims = (*quality, *first, *rest)
-    leading = [claims[-1] for claims in by_pair if claims]
+    farthest = sorted((claims[-1] for claims in by_pair if claims), key=lambda claim: -claim.context)
+    leading = sorted(farthest[:2], key=[claims[-1] for claims in by_pair if claims].index)
     paragraph = _paragraph(known, quality, leading, memory, latency)
     verdicts = (*first, *_verdicts(known, quality), *memory)
     return Answer(paragraph, verdicts, tuple(_open(known, quality, memory, latency)), claims, known)
@@ -183,7 +185,7 @@ def _comparison(facts: Facts, c: Comparison) -> Claim:
     short += f"{'not ranked' if c.decision.verdict == 'undecided' else verdict})"
     kind: Kind = "not decided" if c.decision.verdict == "undecided" else "measured"
     scope = "these checkpoints" if c.claim == "checkpoint" else "architectures"
-    return Claim(text, c.cells, scope, kind, "quality", short)
+    return Claim(text, c.cells, scope, kind, "quality", short, c.context)
 
 
 def _verdict(c: Comparison, a: str, b: str) -> str:
@@ -243,17 +245,17 @@ def _solved(facts: Facts, signal: Signal) -> Iterator[Claim]:
                 f"{facts.label(model)} {_reach({x: sum(ys) / len(ys) for x, ys in curve.items()}, place or 'tokens')}"
             )
     if parts:
-        text = f"{signal.task}: at least {SOLVED:g} of the answers are right for {'; '.join(parts)}."
+        text = f"{signal.task}: at least {SOLVED:g} of the answers are right (read between measured places) for {'; '.join(parts)}."
         yield Claim(text, _cells(used), "these checkpoints", "measured", "validity")
 
 
 def _reach(curve: Mapping[float, float], unit: str) -> str:
     end = first_below(list(curve.items()), SOLVED)
     if curve[min(curve)] < SOLVED:
-        return f"at no measured place ({number(curve[min(curve)])} at {count(min(curve))} {unit})"
+        return f"at no measured place ({number(curve[min(curve)], 'share')} at {count(min(curve))} {unit})"
     if end is None:
         return f"everywhere up to {count(max(curve))} {unit}"
-    return f"up to about {count(end.at)} {unit} (interpolated between {count(end.left)} and {count(end.right)})"
+    return f"up to about {count(end.at)} {unit}"
 
 
 def _regimes(known: Assessment) -> Iterator[Claim]:
@@ -266,8 +268,7 @@ def _regimes(known: Assessment) -> Iterator[Claim]:
     if len(groups) > 1:
         listed = "; ".join(f"{regime}: {', '.join(map(facts.label, models))}" for regime, models in groups.items())
         text = f"Trained under different regimes, and never ranked across them: {listed}."
-        models = {model for group in groups.values() for model in group}
-        cells = tuple(c.key for c in facts.run.cells if c.model in models and "training" in c.facts)
+        cells = tuple({c.model: c.key for c in reversed(facts.run.cells) if "training" in c.facts}.values())
         yield Claim(text, cells, "this run", "measured", "regime")
 
 
@@ -527,8 +528,8 @@ def _paragraph(
         parts.append(f"{task}: invalid, no signal.")
     for title, claims, end in (
         ("Quality", leading[:2], ""),
-        ("Bytes", memory[:3], ""),
-        ("Time", latency[:2], " (single round: not decided)"),
+        ("Bytes", memory[:2], ""),
+        ("Time", latency[:1], " (single round: not decided)"),
     ):
         sentences = "; ".join((claim.short or claim.text).rstrip(".") for claim in claims)
         parts.append(f"{title}: {sentences}{end}." if claims else f"{title}: not measured in this run.")

@@ -71,11 +71,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Reference:
-    """A horizontal line."""
+    """A horizontal line, with its label at one end of it."""
 
     label: str
     value: float
     dash: str
+    side: Literal["left", "right"] = "right"
 
 
 @dataclass(frozen=True)

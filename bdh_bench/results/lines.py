@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from bdh_bench.results.contenders import YARDSTICK, Facts
 from bdh_bench.results.display import quantity, shortened, tick
@@ -63,10 +64,21 @@ def against_context(
         Axis(*x, "log", contexts),
         value_axis(label, unit, scale, values),
         series,
-        references,
+        apart(references, values),
         marks,
         (*notes, *extra),
     )
+
+
+def apart(references: Sequence[Reference], values: Sequence[float]) -> tuple[Reference, ...]:
+    """The references from low to high, with labels of near neighbours at opposite ends."""
+    placed: list[Reference] = []
+    heights = [*values, *(reference.value for reference in references)]
+    near = 0.06 * (max(heights) - min(heights)) if heights else 0.0
+    for reference in sorted(references, key=lambda r: r.value):
+        crowded = placed and reference.value - placed[-1].value < near and placed[-1].side == "right"
+        placed.append(replace(reference, side="left" if crowded else "right"))
+    return tuple(placed)
 
 
 def line_of(

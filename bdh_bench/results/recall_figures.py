@@ -130,7 +130,7 @@ def match_distance(facts: Facts, points: Sequence[Point]) -> Figure:
         line_of(facts, m, m, facts.label(m), styles[m], sorted(dots, key=lambda d: d.x)) for m, dots in lines.items()
     )
     notes = (
-        "Bytes whose last 12 bytes occurred before: with the same next byte (the last such match lies between the named number of bytes and "
+        "Bytes whose last 12 bytes occurred before: with the same next byte (the last such match is from the named number of bytes to "
         "twice as many back), only with another (conflict), or not at all (novel). Keys that were frequent in training are left out. The "
         "text differs between distances: compare models at one distance.",
     )
@@ -238,7 +238,7 @@ def _pairs(point: Point) -> int:
 
 def _chance(points: Sequence[Point]) -> tuple[Reference, ...]:
     values = {chance for p in points if isinstance(chance := dict(p.axes).get("chance"), float)}
-    return tuple(Reference(f"chance {number(value)}", value, "dot") for value in sorted(values))
+    return tuple(Reference(f"chance {number(value, 'share')}", value, "dot") for value in sorted(values))
 
 
 def _levels(points: Sequence[Point]) -> tuple[Reference, ...]:

@@ -303,10 +303,12 @@ def value_tables(
     points: Sequence[Point],
     names: Mapping[str, str] | None = None,
     headlines: Collection[tuple[str, str]] | None = None,
+    invalid: Collection[str] = (),
 ) -> list[Table]:
     """One table per task and metric: a row per model (and axes), a column per context or per value of what is varied.
 
-    ``names`` are short names of models; what is not among ``headlines`` is a detail (nothing is, without them).
+    ``names`` are short names of models; what is not among ``headlines`` is a detail (nothing is, without them); ``invalid``
+    are tasks whose numbers decide nothing, and their titles say so.
     """
     groups: dict[tuple[str, str, str], list[Point]] = {}
     for point in best_points(points):
@@ -315,7 +317,8 @@ def value_tables(
     tables = []
     for number, ((task, metric, varied), group) in enumerate(groups.items()):
         detail = headlines is not None and (task, metric) not in headlines
-        tables.append(_value_table(f"table-{number}", (task, metric, varied), group, names or {}, detail))
+        made = _value_table(f"table-{number}", (task, metric, varied), group, names or {}, detail)
+        tables.append(replace(made, title=f"{made.title} (invalid: no signal)") if task in invalid else made)
     return tables
 
 
@@ -356,7 +359,8 @@ def _value_table(
     rows: dict[str, dict[Scalar, Point]] = {}
     for point in group:
         rows.setdefault(rows_by_name[point], {})[place(point)] = point
-    body = tuple((Entry(name), *(_entry(by_place.get(at)) for at in places)) for name, by_place in rows.items())
+    common = _common_reason(group)
+    body = tuple((Entry(name), *(_entry(by_place.get(at), common) for at in places)) for name, by_place in rows.items())
     begins = len(places) > 1 and any(
         p.context == 0 and p.value is not None for p in group
     )  # 0 is a context among others
@@ -366,7 +370,10 @@ def _value_table(
         columns = tuple(f"c = {at:,}" if at or begins else "any c" for at in places)
     label = known.label if known else metric
     title = f"{task}: {label}{f', by {varied}' if varied else ''}"
-    return Table(id_, title, known.meaning if known else "", ("model", *columns), body, _scope(metric, group), detail)
+    note = " ".join(
+        part for part in (_scope(metric, group), f"{common[:1].upper()}{common[1:]}." if common else "") if part
+    )
+    return Table(id_, title, known.meaning if known else "", ("model", *columns), body, note, detail)
 
 
 def _scope(metric: str, group: Sequence[Point]) -> str:
@@ -416,14 +423,23 @@ def _settings(point: Point, across: str) -> list[tuple[str, Scalar]]:
     return [("batch", point.batch_size), *(pair for pair in point.axes if pair[0] not in (*_ABOUT, across))]
 
 
-def _entry(point: Point | None) -> Entry:
+def _common_reason(group: Sequence[Point]) -> str:
+    """The remark that every value of a table has, which is said once below it."""
+    reasons = {point.reason for point in group if point.value is not None}
+    return reasons.pop() if len(reasons) == 1 else ""
+
+
+def _entry(point: Point | None, common: str = "") -> Entry:
     if point is None:
         return Entry(GAP, "not planned")
     if point.value is None:
         return Entry(point.status, point.reason)
     span = interval(point.low, point.high, point.unit)
     mark = "" if point.status == "ok" else f" ({point.status})"
-    return Entry(quantity(point.value, point.unit) + mark, " ".join(part for part in (span, point.reason) if part))
+    return Entry(
+        quantity(point.value, point.unit) + mark,
+        " ".join(part for part in (span, point.reason) if part and part != common),
+    )
 
 
 def frame(points: Sequence[Point]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from bdh_bench.results.display import GAP, number, shortened, tick
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import EXPLAINED, Entry, Table, headlines_of, points_of, value_tables
+from bdh_bench.results.validity import without_signal
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -40,7 +41,9 @@ def renderable(run: Run, everything: bool = False) -> Group:
 
     points = points_of(run)
     answer = answer_of(run, points)
-    tables = value_tables(points, answer.assessment.facts.titles, headlines_of(run))
+    tables = value_tables(
+        points, answer.assessment.facts.titles, headlines_of(run), without_signal(answer.assessment.signals)
+    )
     parts = [*_head(run, answer)]
     for table in (table for table in tables if not table.detail):
         for part in _narrow(table):
@@ -95,7 +98,7 @@ def _narrow(table: Table) -> Iterator[Table]:
             parts.append([])
         parts[-1].append(i)
     contexts = any(_CONTEXT.match(column) for column in table.columns)
-    title = table.title + (", after so many bytes of context" if contexts else "")
+    title = table.title + (", by context" if contexts else "")
     for chosen in parts:
         rows = tuple(
             (Entry(shortened(plain(row[0].text), 30)), *(Entry(text[i]) for i in chosen))

@@ -16,6 +16,8 @@ from bdh_bench.results.contenders import TRANSFORMER, Facts
 from bdh_bench.results.display import number
 from bdh_bench.results.tables import Point
 
+SHARE = "share"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -71,10 +73,10 @@ def _signal(facts: Facts, task: str, metric: str) -> Signal:
     if not scored:
         return Signal(task, metric, False, f"no signal: no {who} was examined {rule.where}", cells)
     best = max(scored, key=lambda p: float(p.value or 0))
-    reached = f"{facts.label(best.model)} answered {number(best.value)} right"
+    reached = f"{facts.label(best.model)} answered {number(best.value, SHARE)} right"
     chance = dict(best.axes).get("chance")
     if isinstance(chance, float):
-        reached += f", chance is {number(chance)}"
+        reached += f", chance is {number(chance, SHARE)}"
     if float(best.value or 0) >= rule.least:
         return Signal(task, metric, True, f"{reached} {rule.where}", best.cells)
     text = f"no signal: no {who} reaches {rule.least:g} {rule.where} (the best, {reached})"

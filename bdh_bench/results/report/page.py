@@ -26,6 +26,7 @@ from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.store import CellOutcome, Run
 from bdh_bench.results.tables import Entry, Point, Table, finite, headlines_of, points_of, value_tables
+from bdh_bench.results.validity import without_signal
 
 QUESTION = "Does BDH match transformers and state-space models on long contexts without a KV cache?"
 _FOLDER = Path(__file__).parent
@@ -49,7 +50,10 @@ def content_of(run: Run) -> Content:
     points = points_of(run)
     answer = answer_of(run, points)
     facts = answer.assessment.facts
-    tables = (*value_tables(points, facts.titles, headlines_of(run)), *answer.assessment.tables())
+    tables = (
+        *value_tables(points, facts.titles, headlines_of(run), without_signal(answer.assessment.signals)),
+        *answer.assessment.tables(),
+    )
     return Content(run, points, answer, models_table(run, facts.titles), tables, figures_of(run, points))
 
 
@@ -133,7 +137,17 @@ def first_table(tables: Sequence[Table]) -> Table | None:
     shown = [table for table in tables if not table.detail]
     quality = f": {METRICS[QUALITY].label}"
     found = next((table for table in shown if table.title.endswith(quality)), shown[0] if shown else None)
-    return replace(found, id="first") if found else None
+    if found is None:
+        return None
+    rows = tuple((row[0], *(_bare(entry) for entry in row[1:])) for row in found.rows)
+    return replace(found, id="first", rows=rows)
+
+
+def _bare(entry: Entry) -> Entry:
+    """The value with its interval; why there is none stands in the tables."""
+    return Entry(
+        "stopped" if entry.text == "unsupported" else entry.text, entry.note if entry.note.startswith("[") else ""
+    )
 
 
 def policy(scripts: Sequence[str]) -> str:

@@ -73,9 +73,9 @@ def _draw(axes: Any, figure: Figure) -> None:
         )
         axes.annotate(
             reference.label,
-            (1, reference.value),
+            (1 if reference.side == "right" else 0.01, reference.value),
             xycoords=("axes fraction", "data"),
-            ha="right",
+            ha=reference.side,
             va="bottom",
             fontsize=7.5,
         )
@@ -108,7 +108,7 @@ def _draw_series(axes: Any, line: Series, number: int) -> None:
         color=line.color,
         marker=_MARKERS[line.marker] if measured and len(xs) <= 40 else "",
         linestyle=_DASHES[line.dash],
-        linewidth=1.6 if measured else 1,
+        linewidth=1.6 if measured else 1.2,
         markersize=5,
         label=_legend(line) if line.legend else None,
         gid=f"series-{number}",

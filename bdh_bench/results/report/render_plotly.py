@@ -36,7 +36,7 @@ def _trace(line: Series, figure: Figure) -> dict[str, Any]:
         "y": [dot.y for dot in line.points],
         "connectgaps": False,
         "showlegend": line.legend,
-        "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1},
+        "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1.5},
         "marker": {"color": line.color, "symbol": _MARKERS.get(line.marker, line.marker), "size": 8},
         "text": [_hover(dot, figure) for dot in line.points],
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
@@ -131,5 +131,6 @@ def _line(reference: Reference) -> dict[str, Any]:
 
 def _caption(reference: Reference, axis: Axis) -> dict[str, Any]:
     y = math.log10(reference.value) if axis.scale == "log" and reference.value > 0 else reference.value
-    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom", "showarrow": False}
+    x = 1 if reference.side == "right" else 0.01
+    place = {"xref": "paper", "x": x, "xanchor": reference.side, "y": y, "yanchor": "bottom", "showarrow": False}
     return {**place, "text": safe(reference.label), "font": {"size": 11}}
