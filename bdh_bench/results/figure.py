@@ -25,12 +25,13 @@ BREAK = "break"
 
 @dataclass(frozen=True)
 class Axis:
-    """Label, unit and scale; ``ticks`` are (value, text) pairs, empty for the renderer's own."""
+    """Label, unit and scale; ``ticks`` are (value, text) pairs, empty for the renderer's own, ``span`` the ends where they are fixed."""
 
     label: str
     unit: str
     scale: Scale
     ticks: tuple[tuple[float, str], ...] = ()
+    span: tuple[float, float] | None = None
 
     @property
     def title(self) -> str:
@@ -113,7 +114,8 @@ def from_json(values: Mapping[str, Any]) -> Figure:
     """The figure that ``to_json`` wrote."""
 
     def axis(raw: Mapping[str, Any]) -> Axis:
-        return Axis(**{**raw, "ticks": tuple((value, text) for value, text in raw["ticks"])})
+        ticks = tuple((value, text) for value, text in raw["ticks"])
+        return Axis(**{**raw, "ticks": ticks, "span": tuple(raw["span"]) if raw["span"] else None})
 
     series = tuple(Series(**{**raw, "points": tuple(Dot(**dot) for dot in raw["points"])}) for raw in values["series"])
     return Figure(

@@ -97,6 +97,11 @@ def line_of(
     return Series(plain(key), plain(shortened(label)), tuple(dots), "measured", *style, legend)
 
 
+def share_axis(label: str) -> Axis:
+    """From nothing to everything, with room for marks at both ends."""
+    return Axis(label, "share", "linear", SHARES, (-0.03, 1.05))
+
+
 def dot_of(point: Point, x: float, positive: bool = False) -> Dot:
     """A drawn point; what cannot stand on a logarithmic axis is a gap."""
     if point.value is None or (positive and point.value <= 0):
@@ -134,7 +139,7 @@ def value_axis(label: str, unit: str, scale: Scale, values: Iterable[float]) -> 
     """An axis for bytes or seconds with readable ticks; logarithmic only where the values span more than a few doublings."""
     found = sorted(values)
     if unit == "share":
-        return Axis(label, unit, "linear", SHARES)
+        return share_axis(label)
     if unit not in ("byte", "s") or not found:
         return Axis(label, unit, scale)
     if scale == "log" and found[-1] > 4 * found[0] > 0:

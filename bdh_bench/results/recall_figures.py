@@ -16,7 +16,7 @@ from bdh_bench.results import statistics
 from bdh_bench.results.contenders import TRANSFORMER, YARDSTICK, Facts
 from bdh_bench.results.display import count, number, tick
 from bdh_bench.results.figure import BREAK, Axis, Dot, Figure, Mark, Reference, styles_of
-from bdh_bench.results.lines import SHARES, Upwards, against_context, alt_of, dot_of, line_of, value_axis
+from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, share_axis, value_axis
 from bdh_bench.results.reductions import POSITION, RECALL, derived_records
 from bdh_bench.results.resampling import Samples
 from bdh_bench.results.tables import Point
@@ -193,7 +193,7 @@ def recall_by_state(facts: Facts, id_: str, task: str, points: Sequence[Point], 
         title,
         alt_of(title, series, "share"),
         axis,
-        Axis("share of right answers", "share", "linear", SHARES),
+        share_axis("share of right answers"),
         series,
         _chance(own),
         notes=notes,
@@ -259,22 +259,17 @@ def repeat_gain(facts: Facts, points: Sequence[Point], suffix: str) -> Figure:
         line_of(facts, m, m, facts.label(m), styles[m], [dot_of(p, float(gaps.index(p.context))) for p in line])
         for m, line in lines.items()
     )
-    marks = []
+    marks, halves = [], []
     for m, line in lines.items():
         curve = [(float(p.context), float(p.value)) for p in line if p.value is not None]
         if half := half_lost(curve):
             value = min(curve)[1] / 2
-            marks.append(
-                Mark(
-                    gaps.index(int(half.left)) + half.share,
-                    value,
-                    f"{facts.label(m)}: half at {count(half.at)}",
-                    "half",
-                )
-            )
+            marks.append(Mark(gaps.index(int(half.left)) + half.share, value, "", "half"))
+            halves.append(f"{facts.label(m)} after {count(half.at)} bytes")
     notes = (
         "Bits per byte saved at the second reading of a passage of random words, after so many bytes of other text; a model without memory "
-        "saves 0. + marks where half of the first gain is lost.",
+        "saves 0. + marks where half of the first gain is lost"
+        + (f": {'; '.join(halves)}." if halves else ": nowhere up to the longest gap."),
     )
     return Figure(
         f"repeat-gain{suffix}",

@@ -20,7 +20,7 @@ from bdh_bench.results.claims import VERDICTS_MEAN, Answer, answer_of
 from bdh_bench.results.contenders import QUALITY
 from bdh_bench.results.display import GAP, count, interval, number, quantity
 from bdh_bench.results.escaping import json_in_html, plain
-from bdh_bench.results.figure import BREAK, Figure
+from bdh_bench.results.figure import BREAK, Dot, Figure
 from bdh_bench.results.figures import figures_of
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
@@ -176,19 +176,24 @@ def _asset(name: str) -> str:
 
 
 def figure_table(figure: Figure) -> Table:
-    """The data behind a picture."""
+    """The data behind a picture; of a long line every n-th dot, and the last."""
     rows = tuple(
         tuple(
             Entry(text) for text in (line.label, figure.x.read(dot.x), quantity(dot.y, figure.y.unit), span, dot.status)
         )
         for line in figure.series
-        for dot in line.points
+        for dot in _thinned(line.points)
         if dot.status != BREAK
         for span in [interval(dot.low, dot.high, figure.y.unit)]
     )
     return Table(
         f"data-{figure.id}", figure.title, "", ("series", figure.x.label, figure.y.label, "95 %", "status"), rows
     )
+
+
+def _thinned(dots: Sequence[Dot]) -> Sequence[Dot]:
+    every = -(-len(dots) // 20)
+    return dots if every < 3 else (*dots[:-1:every], dots[-1])
 
 
 def failures_of(run: Run) -> list[tuple[CellOutcome, str]]:

@@ -128,6 +128,8 @@ def _legend(line: Series) -> str:
 
 def _set_axis(axis: Any, set_label: Any, description: Axis) -> None:
     set_label(description.title)
+    if description.span:
+        axis.set_view_interval(*description.span, ignore=True)
     if description.ticks:
         low, high = axis.get_view_interval()
         inside = [(v, t) for v, t in description.ticks if low <= v <= high]

@@ -91,7 +91,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
         "shapes": [_line(reference) for reference in figure.references],
         "annotations": [_caption(reference, figure.y) for reference in figure.references],
         "showlegend": True,
-        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top"},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -107,6 +107,8 @@ def _axis(axis: Axis) -> dict[str, Any]:
         "automargin": True,
         "zeroline": False,
     }
+    if axis.span:
+        out["range"] = list(axis.span)
     if axis.ticks:
         out |= {
             "tickvals": [v for v, _ in axis.ticks],
