@@ -15,6 +15,7 @@ from bdh_bench.metrics import METRICS
 from bdh_bench.results import statistics
 from bdh_bench.results.contenders import TRANSFORMER, YARDSTICK, Facts
 from bdh_bench.results.display import count, number, tick
+from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import BREAK, Axis, Dot, Figure, Mark, Reference, styles_of
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, share_axis, value_axis
 from bdh_bench.results.reductions import POSITION, RECALL, derived_records
@@ -70,7 +71,7 @@ def positions(facts: Facts) -> Figure:
         for m, own in samples.items()
         if m != against and (m in styles or facts.kind[m] == YARDSTICK)
     )
-    name = facts.label(against) if against else "nothing"
+    name = plain(facts.label(against)) if against else "nothing"
     notes = (
         f"Difference to {name} in the same bytes of the same documents, with 95 % intervals over documents; below 0 is better than {name}. "
         "The text differs between buckets, so one line is no statement about longer contexts: that is Quality against context.",
@@ -187,7 +188,7 @@ def recall_by_state(facts: Facts, id_: str, task: str, points: Sequence[Point], 
         else "",
     )
     axis = value_axis("state at the end of the text", "byte", "log", [x for _, x in placed])
-    title = f"{task}: accuracy against state"
+    title = f"{plain(task)}: accuracy against state"
     return Figure(
         id_,
         title,
@@ -205,7 +206,7 @@ def recall_by_pairs(facts: Facts, id_: str, task: str, points: Sequence[Point], 
     own = [replace(p, context=_pairs(p)) for p in _by_pairs(points) if _drawn(facts, p.model)]
     y: Upwards = (METRICS["recall_accuracy"].label, "share", "linear")
     return against_context(
-        facts, id_, f"{task}: accuracy against pairs", own, y, _levels(own), notes, ("pairs to remember", "")
+        facts, id_, f"{plain(task)}: accuracy against pairs", own, y, _levels(own), notes, ("pairs to remember", "")
     )  # fmt: skip
 
 
@@ -222,7 +223,7 @@ def over_length(
     if axis:
         own = [replace(p, context=int(dict(p.axes).get(axis) or 0)) for p in own]
     y: Upwards = ("share of right answers", "share", "linear")
-    title = f"{task}: accuracy against length" + (" at 16 pairs" if metric == "recall_accuracy" else "")
+    title = f"{plain(task)}: accuracy against length" + (" at 16 pairs" if metric == "recall_accuracy" else "")
     return against_context(facts, id_, title, own, y, _levels(own), notes, (label, unit))
 
 
