@@ -588,10 +588,11 @@ def _run_rows(root: Path) -> list[dict[str, Any]]:
 def show(
     run: RunName = None,
     cell: Annotated[str | None, typer.Argument(metavar="[CELL]", help="First characters of a cell's key.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every sentence and every derived table as well.")] = False,
     runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """The answer and the tables of a run in the terminal, or all that is known of one cell."""
+    """The answer and the headline tables of a run in the terminal, or all that is known of one cell."""
     stored = _open(runs, run)
     if cell is not None:
         from dataclasses import asdict
@@ -611,7 +612,7 @@ def show(
         data = {"run": stored.id, "points": points_as_json(stored), "assessment": assess(stored).as_json()}
         _print_json("show", "ok", data | {"problems": list(stored.problems)})
     else:
-        _print_run(stored)
+        _print_run(stored, all_)
 
 
 @app.command()
@@ -654,10 +655,10 @@ def _open(root: Path, name: str | None) -> Run:
     return stored
 
 
-def _print_run(run: Run) -> None:
+def _print_run(run: Run, everything: bool = False) -> None:
     from bdh_bench.results.terminal import show as print_run
 
-    print_run(run)
+    print_run(run, everything)
 
 
 def _progress(total: int) -> Any:

@@ -43,7 +43,7 @@ ONE_REASON = {
         why: replace(SOUND, barred={why: "said outside"})
         for why in (
             Why.UNTRAINED, Why.UNMATCHED, Why.METRIC_ID, Why.TARGET_HASH, Why.REGIME, Why.STATE_PROTOCOL, Why.GATE,
-            Why.UNDERTRAINED,
+            Why.UNDERTRAINED, Why.NO_SIGNAL,
         )
     },
 }  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_run
 
-from bdh_bench.results.figures import (
+from bdh_bench.results.figure import (
     FAMILY_STYLE,
     Axis,
     Dot,
@@ -16,11 +16,11 @@ from bdh_bench.results.figures import (
     Mark,
     Reference,
     Series,
-    figures_of,
     from_json,
     styles_of,
     to_json,
 )
+from bdh_bench.results.figures import figures_of
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.tables import points_of
@@ -44,7 +44,7 @@ def test_json_round_trip(figures: dict[str, Figure]) -> None:
 def test_gpt2_is_drawn_as_stopped(figures: dict[str, Figure]) -> None:
     quality = figures["quality"]
     assert [(mark.x, mark.kind) for mark in quality.marks] == [(256, "stopped")]
-    gpt2 = next(line for line in quality.series if line.label == "gpt2@1m")
+    gpt2 = next(line for line in quality.series if line.label == "gpt2")
     assert [dot.y is None for dot in gpt2.points] == [False, False, True, True, True]
     assert {reference.label for reference in quality.references} == {"order-0 byte model", "order-2 byte model", "zlib"}
 

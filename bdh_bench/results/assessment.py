@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bdh_bench.results.comparisons import Comparison, comparison_as_json, comparison_table, comparisons_of
@@ -14,6 +14,7 @@ from bdh_bench.results.gates import gates_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import Sufficiency, sufficiency_of
 from bdh_bench.results.tables import Point, Table, points_of
+from bdh_bench.results.validity import Signal, signals_of, without_signal
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,22 @@ class Assessment:
     training: Sufficiency
     comparisons: tuple[Comparison, ...]
     sweeps: tuple[Sweep, ...]
+    signals: tuple[Signal, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What a reader must know before anything else: the run's own labels, and ``undertrained``."""
+        """What a reader must know before anything else: the run's own labels, ``undertrained``, and tasks without a signal."""
         own = [str(label) for label in self.facts.run.manifest.get("labels") or []]
-        return (*own, *(["undertrained"] if self.training.undertrained else []))
+        invalid = [f"{task}: no signal" for task in without_signal(self.signals)]
+        return (*own, *(["undertrained"] if self.training.undertrained else []), *invalid)
 
     def tables(self) -> tuple[Table, ...]:
         """Comparisons, what contexts are worth, and the fairness card; each only where it has rows."""
-        note = f"{self.training.status}: {self.training.text}."
+        note = f"{self.training.status.capitalize()}: {self.training.text}."
         found = (
             comparison_table(self.facts, self.comparisons),
-            extrapolation_table(self.facts, self.sweeps, note),
-            fairness_table(self.card, self.facts),
+            extrapolation_table(self.facts, self.sweeps, note, self.training.undertrained),
+            replace(fairness_table(self.card, self.facts), detail=True),
         )
         return tuple(table for table in found if table.rows and len(table.columns) > 1)
 
@@ -49,6 +52,7 @@ class Assessment:
             "comparisons": [comparison_as_json(c, self.facts, self.card) for c in self.comparisons],
             "extrapolation": [sweep_as_json(sweep) for sweep in self.sweeps],
             "training": {"status": self.training.status, "text": self.training.text, "share": self.training.share},
+            "signals": [{"task": s.task, "metric": s.metric, "valid": s.valid, "text": s.text} for s in self.signals],
             "fairness": self.card.as_json(),
             "gates": gates_of(self.facts.run),
         }
@@ -58,4 +62,5 @@ def assess(run: Run, points: Sequence[Point] | None = None) -> Assessment:
     """Apply every rule to a run."""
     facts = Facts(run, points_of(run) if points is None else points)
     card, training = card_of(facts), sufficiency_of(facts)
-    return Assessment(facts, card, training, comparisons_of(facts, card, training), sweeps_of(facts))
+    signals = signals_of(facts)
+    return Assessment(facts, card, training, comparisons_of(facts, card, training, signals), sweeps_of(facts), signals)

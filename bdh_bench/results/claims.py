@@ -23,8 +23,12 @@ from bdh_bench.results.display import count, number, quantity, signed, signed_in
 from bdh_bench.results.extrapolation import WORSE_BY, Sweep
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import Point, finite
+from bdh_bench.results.thresholds import SOLVED, first_below
+from bdh_bench.results.validity import Signal, without_signal
 
 Kind = Literal["measured", "not decided"]
+#: How a line of ``Answer.verdicts`` on quality is read.
+VERDICTS_MEAN = "Differences in bits per byte on the same targets: below 0, the model named first is better."
 ARCHITECTURES_OPEN = f"Architectures: not decided — run with --seeds {SEEDS_TO_RANK}."
 
 
@@ -38,16 +42,26 @@ class Claim:
     kind: Kind
     topic: str = ""
     short: str = ""
+    context: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reader sees first: one paragraph, what stays open, the sentences behind both, and what the rules made of the run."""
+    """What a reader sees first: one paragraph, a verdict per pair, what stays open; the sentences behind them, and all the rules made.
+
+    Every statement of ``claims`` on quality is in ``verdicts`` too, in short: a view shows these first and the others on request.
+    """
 
     paragraph: Claim
+    verdicts: tuple[Claim, ...]
     open: tuple[Claim, ...]
     claims: tuple[Claim, ...]
     assessment: Assessment
+
+    @property
+    def details(self) -> tuple[Claim, ...]:
+        """The claims that no verdict says already in the same words."""
+        return tuple(claim for claim in self.claims if claim not in self.verdicts)
 
 
 def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
@@ -58,11 +72,14 @@ def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
     quality = [claim for claims in by_pair for claim in claims]
     memory = list(_memory(facts))
     latency = list(_latency(facts))
-    contexts = (*_training(known), *_contexts(known))
-    claims = (*quality, *contexts, *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
-    leading = [claims[-1] for claims in by_pair if claims]
-    paragraph = _paragraph(facts, quality, leading, memory, latency)
-    return Answer(paragraph, tuple(_open(known, quality, memory, latency)), claims, known)
+    first = (*_training(known), *_signals(known), *_regimes(known))
+    rest = (*_contexts(known), *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
+    claims = (*quality, *first, *rest)
+    farthest = sorted((claims[-1] for claims in by_pair if claims), key=lambda claim: -claim.context)
+    leading = sorted(farthest[:2], key=[claims[-1] for claims in by_pair if claims].index)
+    paragraph = _paragraph(known, quality, leading, memory, latency)
+    verdicts = (*first, *_verdicts(known, quality), *memory)
+    return Answer(paragraph, verdicts, tuple(_open(known, quality, memory, latency)), claims, known)
 
 
 # -- quality ---------------------------------------------------------------------------------------------------------
@@ -73,7 +90,9 @@ def _quality(known: Assessment, first: str, second: str) -> Iterator[Claim]:
     facts = known.facts
     if not facts.select(first, QUALITY) and not facts.select(second, QUALITY):
         return
-    made = [c for c in known.comparisons if (c.first, c.second) == (first, second) and c.point.metric == QUALITY]
+    made = _comparisons(known, first, second)
+    if made and all(c.decision.has(Why.REGIME) for c in made):
+        return  # said once for all of them
     same = [c for c in made if c.difference is not None]
     if not same:
         why = [reason.text for reason in made[0].decision.reasons] if made else []
@@ -88,6 +107,56 @@ def _quality(known: Assessment, first: str, second: str) -> Iterator[Claim]:
     for comparison in headline(same):
         if not comparison.decision.has(Why.UNDERTRAINED):
             yield _comparison(facts, comparison)
+
+
+def _comparisons(known: Assessment, first: str, second: str) -> list[Comparison]:
+    return [c for c in known.comparisons if (c.first, c.second) == (first, second) and c.point.metric == QUALITY]
+
+
+def _verdicts(known: Assessment, quality: Sequence[Claim]) -> Iterator[Claim]:
+    """One line per pair, all its contexts together; a reason that stands against every one of them is said once, at the end."""
+    facts = known.facts
+    lines: list[list[Comparison]] = []
+    for pair in facts.pairs():
+        made = [c for c in headline(_comparisons(known, *pair)) if c.difference is not None]
+        made = [c for c in made if not (c.decision.has(Why.UNDERTRAINED) or c.decision.has(Why.REGIME))]
+        lines += [made] if made else []
+    every = [c for line in lines for c in line]
+    shared = [r.text for r in every[0].decision.reasons if r.why in RANKING] if every else []
+    shared = [text for text in shared if all(text in {r.text for r in c.decision.reasons} for c in every)]
+    yield from (_line_of(facts, line, shared) for line in lines)
+    if shared:
+        text = f"None of these differences is ranked: {'; '.join(shared)}."
+        yield Claim(
+            text, _cells(p for c in every for pair in c.pairs for p in pair), "this run", "not decided", "quality"
+        )
+    yield from (claim for claim in quality if "were not compared" in claim.text)
+
+
+def _line_of(facts: Facts, line: Sequence[Comparison], shared: Sequence[str]) -> Claim:
+    a, b = facts.label(line[0].first), facts.label(line[0].second)
+    parts = []
+    for c in line:
+        assert c.difference is not None  # _verdicts asks for these only
+        apart = f"{signed(c.difference.value)} {signed_interval(c.difference.low, c.difference.high)}"
+        parts.append(f"{apart} after {count(c.context)} bytes{_remark(c, a, b, shared)}")
+    seeds = "" if line[0].claim == "checkpoint" else f" ({len(line[0].pairs)} seeds)"
+    text = f"{a} minus {b}{seeds}: {'; '.join(parts)}."
+    decided = any(c.decision.verdict != "undecided" for c in line)
+    scope = "these checkpoints" if line[0].claim == "checkpoint" else "architectures"
+    cells = tuple(dict.fromkeys(key for c in line for key in c.cells))
+    return Claim(text, cells, scope, "measured" if decided else "not decided", "quality")
+
+
+def _remark(c: Comparison, a: str, b: str, shared: Sequence[str]) -> str:
+    """The verdict of one context in brackets; nothing where only what is said for all stands against a winner."""
+    if c.decision.verdict in ("better", "worse"):
+        return f" ({a if c.decision.verdict == 'better' else b} is ahead)"
+    if c.decision.verdict == "equivalent":
+        return " (equivalent)"
+    ranking = [r.text for r in c.decision.reasons if r.why in RANKING]
+    why = [text for text in ranking or [r.text for r in c.decision.reasons] if text not in shared]
+    return f" ({'not ranked' if ranking else 'not decided'}: {'; '.join(why)})" if why else ""
 
 
 def _comparison(facts: Facts, c: Comparison) -> Claim:
@@ -112,13 +181,11 @@ def _comparison(facts: Facts, c: Comparison) -> Claim:
         scored += "; difference paired by seed"
     verdict = _verdict(c, a, b)
     text = f"At {at} {scored} {apart} over {documents}{least}; {verdict}{'' if verdict.endswith('.') else '.'}"
-    if c.claim == "checkpoint":
-        text = f"{text} {ARCHITECTURES_OPEN}"
     short = f"at {at} {a} scored {scores[0]} and {b} {scores[1]} bits per byte ({apart}, "
     short += f"{'not ranked' if c.decision.verdict == 'undecided' else verdict})"
     kind: Kind = "not decided" if c.decision.verdict == "undecided" else "measured"
     scope = "these checkpoints" if c.claim == "checkpoint" else "architectures"
-    return Claim(text, c.cells, scope, kind, "quality", short)
+    return Claim(text, c.cells, scope, kind, "quality", short, c.context)
 
 
 def _verdict(c: Comparison, a: str, b: str) -> str:
@@ -136,10 +203,9 @@ def _verdict(c: Comparison, a: str, b: str) -> str:
     if c.decision.has(Why.FEW_SEEDS_TO_RANK) and {r.why for r in reasons if r.why in RANKING} == {
         Why.FEW_SEEDS_TO_RANK
     }:
-        return f"shown, not ranked. {ARCHITECTURES_OPEN}"
+        return "shown, not ranked"
     ranking = [r.text for r in reasons if r.why in RANKING and r.why is not Why.FEW_SEEDS_TO_RANK]
-    why = ", ".join(ranking) or "not decided: " + ", ".join(r.text for r in reasons)
-    return why if c.claim == "checkpoint" else f"{why}. Architectures: not decided"
+    return ", ".join(ranking) or "not decided: " + ", ".join(r.text for r in reasons)
 
 
 # -- context ---------------------------------------------------------------------------------------------------------
@@ -151,6 +217,59 @@ def _training(known: Assessment) -> Iterator[Claim]:
     if training.undertrained:
         text = f"Undertrained: {training.text}; no sentence about longer contexts is written."
         yield Claim(text, training.cells, "this run", "measured", "context")
+
+
+def _signals(known: Assessment) -> Iterator[Claim]:
+    """Tasks that nobody learned are invalid; of the others, how far each model solves them."""
+    for signal in known.signals:
+        if signal.valid:
+            yield from _solved(known.facts, signal)
+        else:
+            text = f"{signal.task} is invalid, {signal.text}: nothing about memory follows from its numbers."
+            yield Claim(text, signal.cells, "this run", "not decided", "validity")
+
+
+def _solved(facts: Facts, signal: Signal) -> Iterator[Claim]:
+    """Up to how many pairs, or what length, each model answers at least 0.9 of the questions."""
+    parts, used = [], []
+    for model in facts.contenders:
+        own = [p for p in facts.select(model, signal.metric) if p.task == signal.task]
+        place = "pairs" if any("pairs" in dict(p.axes) for p in own) else ""
+        own = [p for p in own if not place or dict(p.axes).get("axis") == place]
+        curve: dict[float, list[float]] = {}
+        for p in own:
+            curve.setdefault(float(dict(p.axes).get(place) or p.context), []).append(float(p.value or 0))
+        if curve:
+            used += own
+            parts.append(
+                f"{facts.label(model)} {_reach({x: sum(ys) / len(ys) for x, ys in curve.items()}, place or 'tokens')}"
+            )
+    if parts:
+        text = f"{signal.task}: at least {SOLVED:g} of the answers are right (read between measured places) for {'; '.join(parts)}."
+        yield Claim(text, _cells(used), "these checkpoints", "measured", "validity")
+
+
+def _reach(curve: Mapping[float, float], unit: str) -> str:
+    end = first_below(list(curve.items()), SOLVED)
+    if curve[min(curve)] < SOLVED:
+        return f"at no measured place ({number(curve[min(curve)], 'share')} at {count(min(curve))} {unit})"
+    if end is None:
+        return f"everywhere up to {count(max(curve))} {unit}"
+    return f"up to about {count(end.at)} {unit}"
+
+
+def _regimes(known: Assessment) -> Iterator[Claim]:
+    """Models that were trained in different ways: which they are, and that they are not ranked against each other."""
+    facts = known.facts
+    groups: dict[str, list[str]] = {}
+    for model in facts.contenders:
+        if regime := facts.regime(model):
+            groups.setdefault(regime, []).append(model)
+    if len(groups) > 1:
+        listed = "; ".join(f"{regime}: {', '.join(map(facts.label, models))}" for regime, models in groups.items())
+        text = f"Trained under different regimes, and never ranked across them: {listed}."
+        cells = tuple({c.model: c.key for c in reversed(facts.run.cells) if "training" in c.facts}.values())
+        yield Claim(text, cells, "this run", "measured", "regime")
 
 
 def _contexts(known: Assessment) -> Iterator[Claim]:
@@ -212,40 +331,53 @@ def references_of(run: Run) -> list[tuple[str, float, str]]:
 
 
 def _references(known: Assessment) -> Iterator[Claim]:
+    """One sentence for every set of targets: which models are below the best reference, at their longest context."""
     facts = known.facts
     references = references_of(facts.run)
     longest = facts.train_context if known.training.undertrained else None
+    groups: dict[tuple[str, float], list[Point]] = {}
     for model in facts.contenders:
         points = [p for p in facts.select(model, QUALITY) if longest is None or p.context <= longest]
         point = max(points, key=lambda p: p.context, default=None)
         same = [r for r in references if point and r[2] in ("", point.target_hash)]
-        if point is None or point.value is None or not same:
-            continue
-        name, value, _ = min(same, key=lambda r: r[1])
-        side = "below" if point.value < value else "not below"
-        remark = (
-            "" if side == "below" else " Such a model is undertrained: nothing about long contexts follows from it."
-        )
-        text = (
-            f"The best reference without a network, {name}, needs {number(value, point.unit)} bits per byte; this "
-            f"{facts.label(model)} checkpoint is {side} it with {number(point.value, point.unit)} at "
-            f"{count(point.context)} bytes of context.{remark}"
-        )
-        yield Claim(text, point.cells, "this checkpoint", "measured", "reference")
+        if point is not None and same:
+            name, value, _ = min(same, key=lambda r: r[1])
+            groups.setdefault((name, value), []).append(point)
+    for (name, value), points in groups.items():
+        unit = points[0].unit
+        sides = []
+        for side, chosen in (
+            ("below it", [p for p in points if float(p.value or 0) < value]),
+            ("not below it", [p for p in points if float(p.value or 0) >= value]),
+        ):
+            each = ", ".join(
+                f"{facts.label(p.model)} with {number(p.value, unit)} after {count(p.context)} bytes" for p in chosen
+            )
+            sides += [f"{side}: {each}"] if chosen else []
+        text = f"The best reference without a network, {name}, needs {number(value, unit)} bits per byte; {'; '.join(sides)}."
+        if len(sides) == 2 or sides[0].startswith("not"):
+            text += " A model that is not below it is undertrained: nothing about long contexts follows from it."
+        yield Claim(text, _cells(points), "these checkpoints", "measured", "reference")
 
 
 # -- memory and time -------------------------------------------------------------------------------------------------
 
 
 def _memory(facts: Facts) -> Iterator[Claim]:
-    curves = {model: _per_stream(facts.select(model, "state_bytes")) for model in facts.contenders}
+    curves = {model: _per_stream(facts.select(model, "state_bytes")) for model in facts.machines()}
     for model, curve in curves.items():
         if curve:
             yield _growth(facts, model, curve)
-    for first, second in facts.pairs():
+    for first, second in _apart(facts):
         claim = _crossing(facts, curves[first], curves[second])
         if claim:
             yield claim
+
+
+def _apart(facts: Facts) -> list[tuple[str, str]]:
+    """The pairs whose bytes and times can differ."""
+    machines = set(facts.machines())
+    return [pair for pair in facts.pairs() if set(pair) <= machines]
 
 
 def _per_stream(points: Sequence[Point]) -> dict[int, tuple[float, Point]]:
@@ -319,7 +451,7 @@ def crossing_between(left: int, right: int, log_left: float, log_right: float) -
 
 def _latency(facts: Facts) -> Iterator[Claim]:
     for metric, what in (("tpot_s", "per output token"), ("prefill_s", "for prefill")):
-        for first, second in facts.pairs():
+        for first, second in _apart(facts):
             pair = _same_load(facts.select(first, metric), facts.select(second, metric))
             if pair:
                 yield _speed(facts, *pair, what)
@@ -380,15 +512,24 @@ def _failures(facts: Facts) -> Iterator[Claim]:
 
 
 def _paragraph(
-    facts: Facts, quality: Sequence[Claim], leading: Sequence[Claim], memory: Sequence[Claim], latency: Sequence[Claim]
+    known: Assessment,
+    quality: Sequence[Claim],
+    leading: Sequence[Claim],
+    memory: Sequence[Claim],
+    latency: Sequence[Claim],
 ) -> Claim:
     """The answer in one paragraph: what is decided at all, then quality (``leading``: one claim per pair), bytes and time."""
+    facts = known.facts
     decided = any(claim.kind == "measured" for claim in quality)
     parts, evidence = [_headline(facts, quality)], []
+    if known.training.undertrained:
+        parts.append("Undertrained: nothing about contexts longer than the training context follows.")
+    for task in without_signal(known.signals):
+        parts.append(f"{task}: invalid, no signal.")
     for title, claims, end in (
         ("Quality", leading[:2], ""),
-        ("Bytes", memory[:3], ""),
-        ("Time", latency[:2], " (single round: not decided)"),
+        ("Bytes", memory[:2], ""),
+        ("Time", latency[:1], " (single round: not decided)"),
     ):
         sentences = "; ".join((claim.short or claim.text).rstrip(".") for claim in claims)
         parts.append(f"{title}: {sentences}{end}." if claims else f"{title}: not measured in this run.")
@@ -443,12 +584,10 @@ def _open(
     if longest:
         yield undecided(f"Anything beyond {count(longest)} bytes of context.")
     if quality and known.training.status != "sufficient":
-        says = {
-            "undertrained": "Anything about long contexts: undertrained, ",
-            "not judged": "Whether training was long enough: ",
-        }
         yield Claim(
-            f"{says[known.training.status]}{known.training.text}.",
+            "Anything about long contexts: undertrained."
+            if known.training.undertrained
+            else f"Whether training was long enough: {known.training.text}.",
             known.training.cells,
             "this run",
             "not decided",

@@ -44,6 +44,7 @@ from bdh_bench.results.significance import PValue
 from bdh_bench.results.statistics import Estimate
 from bdh_bench.results.sufficiency import Sufficiency, sufficiency_of
 from bdh_bench.results.tables import HASH_AXIS, Entry, Point, Table, finite
+from bdh_bench.results.validity import Signal, signals_of, without_signal
 
 _STATE = re.compile(r"\bstate=(\w+)")
 _BITS = "bit/byte"
@@ -99,17 +100,34 @@ class Comparison:
         return max((look.mde for look in self.evidence.looks if look.mde is not None), default=None)
 
 
-def comparisons_of(facts: Facts, card: Card | None = None, enough: Sufficiency | None = None) -> tuple[Comparison, ...]:
+def comparisons_of(
+    facts: Facts,
+    card: Card | None = None,
+    enough: Sufficiency | None = None,
+    signals: Sequence[Signal] | None = None,
+) -> tuple[Comparison, ...]:
     """Every comparison of a run, by pair, metric and context, with verdicts after Holm's correction."""
     card = card or card_of(facts)
     enough = enough or sufficiency_of(facts)
-    found = [c for first, second in facts.pairs() for c in _of_pair(facts, first, second, card, enough)]
+    invalid = without_signal(signals_of(facts) if signals is None else signals)
+    found = [
+        _without_signal(c, invalid[c.point.task]) if c.point.task in invalid else c
+        for first, second in facts.pairs()
+        for c in _of_pair(facts, first, second, card, enough)
+    ]
     adjusted: dict[int, float] = {}
     for family in ([c for c in found if c.primary], found):
         tested = [c for c in family if c.p is not None]
         for comparison, p in zip(tested, significance.holm([c.p or 0.0 for c in tested]), strict=True):
             adjusted.setdefault(id(comparison), p)  # a primary one keeps the correction over the primary ones
     return tuple(_decided(c, adjusted.get(id(c))) for c in found)
+
+
+def _without_signal(comparison: Comparison, signal: Signal) -> Comparison:
+    """A comparison of what nobody learned ranks nothing."""
+    barred = {Why.NO_SIGNAL: f"invalid, {signal.text}", **comparison.evidence.barred}
+    evidence = replace(comparison.evidence, barred=barred)
+    return replace(comparison, evidence=evidence, decision=decide(evidence))
 
 
 def _decided(comparison: Comparison, p: float | None) -> Comparison:
@@ -209,7 +227,7 @@ def _barred(
         yield Why.METRIC_ID, f"the metrics differ ({one.metric_id} and {two.metric_id})"
     if any(a.target_hash != b.target_hash or (a.metric == QUALITY and not a.target_hash) for a, b in pairs):
         yield Why.TARGET_HASH, "they did not score the same bytes"
-    regimes = [_regime(facts, model) for model in (one.model, two.model)]
+    regimes = [facts.regime(model) for model in (one.model, two.model)]
     if regimes[0] != regimes[1]:
         yield Why.REGIME, f"the training regimes differ ({' and '.join(r or 'unknown' for r in regimes)})"
     failed = [model for model in (one.model, two.model) if model in facts.gate_failed]
@@ -226,15 +244,6 @@ def state_protocol(point: Point) -> str:
     """carry, cold or window, as the metric's id or axes say; "" for the sweep, whose state is empty before its context."""
     named = _STATE.search(point.metric_id)
     return named.group(1) if named else str(dict(point.axes).get("state") or "")
-
-
-def _regime(facts: Facts, model: str) -> str:
-    """How the model was trained: by its own report, else as the request says; weights that were not trained here have none."""
-    for cell in facts.run.cells:
-        training = cell.facts.get("training")
-        if cell.model == model and isinstance(training, Mapping):
-            return str(training.get("regime") or facts.spec.get("regime") or "crop")
-    return ""
 
 
 # -- views -----------------------------------------------------------------------------------------------------------

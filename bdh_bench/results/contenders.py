@@ -7,13 +7,14 @@ with nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from bdh_bench.results import statistics
 from bdh_bench.results.decisions import EQUIVALENCE_MARGIN
+from bdh_bench.results.naming import names_of, without_regime
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import Point, clusters_of, finite, frozen_axes, samples_of
 from bdh_bench.types import Record
@@ -34,6 +35,7 @@ class Facts:
         self.models = list(dict.fromkeys(cell.model for cell in run.cells))
         self.family = {cell.model: cell.family for cell in run.cells}
         self.kind = {cell.model: cell.model_kind for cell in run.cells}
+        self.names = names_of(run)
         self.seeds = len({cell.seed for cell in run.cells})
         aside = {m for m in self.models if self.kind[m] in (CONTROL, YARDSTICK) or self.family[m] in CONTROLS}
         self.contenders = [m for m in self.models if m not in aside]
@@ -65,15 +67,31 @@ class Facts:
         return [model for model in self.models if self.kind[model] == kind]
 
     def label(self, model: str) -> str:
-        """The family where it names one model only, else the whole name."""
-        family = self.family[model]
-        return family if list(self.family.values()).count(family) == 1 else model
+        """The short name of a model in this run."""
+        return self.names[model]
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Short names for tables, where what does not compete must say so."""
+        return {m: f"{name} (yardstick)" if self.kind[m] == YARDSTICK else name for m, name in self.names.items()}
+
+    def regime(self, model: str) -> str:
+        """How the model was trained: by its own report, else as the request says; weights that were not trained here have none."""
+        for cell in self.run.cells:
+            training = cell.facts.get("training")
+            if cell.model == model and isinstance(training, Mapping):
+                return str(training.get("regime") or self.spec.get("regime") or "crop")
+        return ""
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Each subject with each other contender, once."""
         for subject in self.subjects:
             yield from ((subject, other) for other in self.contenders if other not in self.subjects)
         yield from pairwise(self.subjects)
+
+    def machines(self) -> list[str]:
+        """The contenders whose bytes and times are their own: of several that differ in training only, the first."""
+        return list({without_regime(model): model for model in reversed(self.contenders)}.values())[::-1]
 
     def select(self, model: str, metric: str) -> list[Point]:
         """Points of one model and metric that have a value, by context."""

@@ -51,6 +51,7 @@ class Why(StrEnum):
     STATE_PROTOCOL = "state protocol differs"
     GATE = "a gate failed"
     UNDERTRAINED = "undertrained"
+    NO_SIGNAL = "no signal"
     CONTAINS_ZERO = "interval contains 0"
     TOO_SMALL = "too small"
     HOLM = "Holm-adjusted p"

@@ -25,10 +25,11 @@ def quantity(value: float | None, unit: str = "") -> str:
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """The bare number: three decimals for bits per byte, four digits for what is not known."""
+    """The bare number: three decimals for bits per byte and for shares of at least a hundredth, else four digits."""
     if value is None or not math.isfinite(value):
         return GAP
-    text = f"{value:.3f}" if unit == "bit/byte" else f"{value:.4g}"
+    fixed = unit == "bit/byte" or (unit == "share" and abs(value) >= 0.01)
+    text = f"{value:.3f}" if fixed else f"{value:.4g}"
     return text.replace("-", "−") if float(text) else text.removeprefix("-")
 
 

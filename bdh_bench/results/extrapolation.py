@@ -119,8 +119,8 @@ def _no_worse(difference: Estimate) -> bool:
     return difference.high is not None and difference.high < NEGLIGIBLE
 
 
-def extrapolation_table(facts: Facts, sweeps: Sequence[Sweep], note: str = "") -> Table:
-    """One row per model: gains, slope, effective context and the verdict beyond T."""
+def extrapolation_table(facts: Facts, sweeps: Sequence[Sweep], note: str = "", undertrained: bool = False) -> Table:
+    """One row per model: gains, slope, effective context and the verdict beyond T (none where training was too short)."""
     t = facts.train_context
     columns = (
         "model", "claim", "gain to T", "gain to the longest", "slope per doubling", "effective context", "beyond T", "change",
@@ -132,11 +132,11 @@ def extrapolation_table(facts: Facts, sweeps: Sequence[Sweep], note: str = "") -
         "Bits per byte gained from context, on the same targets; beyond T: uses (95 % interval of bpb(L) − bpb(T) below 0), "
         "flat (contains 0), degrades (above 0)."
     )
-    rows = tuple(_row(facts, sweep) for sweep in sweeps if sweep.model in facts.contenders)
+    rows = tuple(_row(facts, sweep, undertrained) for sweep in sweeps if sweep.model in facts.contenders)
     return Table("table-extrapolation", "What longer contexts are worth", meaning, columns, rows, scope)
 
 
-def _row(facts: Facts, sweep: Sweep) -> tuple[Entry, ...]:
+def _row(facts: Facts, sweep: Sweep, undertrained: bool) -> tuple[Entry, ...]:
     last = sweep.steps[-1]
     at_base = next((step for step in sweep.steps if step.context == sweep.base), None)
     beyond = sweep.beyond[-1] if sweep.beyond else None
@@ -148,10 +148,16 @@ def _row(facts: Facts, sweep: Sweep) -> tuple[Entry, ...]:
         Entry(signed(last.gain), f"at {count(last.context)}"),
         Entry(signed(last.slope) if last.slope is not None else GAP, "last doubling"),
         Entry(count(sweep.effective) if sweep.effective is not None else GAP),
-        Entry(str(beyond.verdict) if beyond else "not measured", f"at {count(beyond.context)}" if beyond else ""),
+        Entry(_beyond(beyond, undertrained), f"at {count(beyond.context)}" if beyond else ""),
         Entry(signed(change.value) if change else GAP, signed_interval(change.low, change.high) if change else ""),
         Entry(count(sweep.first_worse) if sweep.first_worse is not None else ("none" if beyond else GAP)),
     )
+
+
+def _beyond(step: Step | None, undertrained: bool) -> str:
+    if step is None:
+        return "not measured"
+    return "undertrained" if undertrained else str(step.verdict)
 
 
 def sweep_as_json(sweep: Sweep) -> dict[str, Any]:

@@ -218,13 +218,15 @@ def fairness_table(card: Card, facts: Facts) -> Table:
         for row in rows_of(facts.train_context)
     )
     pairs = [(a, b, card.unmatched(a, b)) for a, b in facts.pairs()]
-    unranked = [f"{a} and {b} are unranked: {why}" for a, b, why in pairs if why]
+    unranked = [f"{facts.label(a)} and {facts.label(b)} are unranked: {why}" for a, b, why in pairs if why]
     shared = ", ".join(
         f"{name.replace('_', ' ')} {value}" for name, value in card.shared.items() if value not in (None, "")
     )
     note = ". ".join([f"The same for all: {shared}", *unranked]) + "."
     meaning = "What each model had and kept. Two models are ranked only if they are within 5 % on the declared axis."
-    return Table("table-fairness", "Fairness card", meaning, ("fact", *names), body, note)
+    return Table(
+        "table-fairness", "Fairness card", meaning, ("fact", *(facts.label(name) for name in names)), body, note
+    )
 
 
 def _shown(value: Scalar, unit: str) -> Entry:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from bdh_bench.results.store import CellOutcome, Run
 
 SWEEP, STREAM = "bits_per_byte", "stream_bits_per_byte"
+POSITION, RECALL, GAIN, SLOPE = "position_bits_per_byte", "recall_bits_per_byte", "context_gain", "context_slope"
 #: What this file makes. Shown with intervals, and never tested: the same bits would be asked the same question many times.
-DERIVED = frozenset({"position_bits_per_byte", "recall_bits_per_byte", "context_gain", "context_slope"})
+DERIVED = frozenset({POSITION, RECALL, GAIN, SLOPE})
 _FIRST_EDGE = 64
 _CONFLICT, _NOVEL = -1, 0  # classes that are no distance; below them: excluded
 _CARRIED = "bpb@stream,state=carry"
@@ -134,7 +135,7 @@ def positions(stream: Stream, plain: Record) -> Iterator[Record]:
             bucket = f"[{_edge(low, scale, name)},{_edge(high, scale, name)})"
             made = replace(
                 plain,
-                metric="position_bits_per_byte",
+                metric=POSITION,
                 metric_id=f"bpb@pos={bucket}{stream.protocol}",
                 context=low,
                 axes={"edges": "training contexts" if name else "bytes"},
@@ -178,7 +179,7 @@ def recall(stream: Stream, classes: dict[str, NDArray[np.int32]], plain: Record)
     for name, low, high in (*slices, ("conflict", _CONFLICT, _CONFLICT + 1), ("novel", _NOVEL, _NOVEL + 1)):
         made = replace(
             plain,
-            metric="recall_bits_per_byte",
+            metric=RECALL,
             metric_id=f"bpb@{name}{stream.protocol}",
             axes={"slice": name},
         )
@@ -206,7 +207,7 @@ def gains(rows: Sequence[Record]) -> Iterator[Record]:
             target = own[context].metric_id.partition(",")[2]
             yield replace(
                 own[context],
-                metric="context_gain",
+                metric=GAIN,
                 metric_id=f"gain@c={context},from={shortest},{target}",
                 value=values[0] - value,
             )
@@ -214,7 +215,7 @@ def gains(rows: Sequence[Record]) -> Iterator[Record]:
         target = last.metric_id.partition(",")[2]
         yield replace(
             last,
-            metric="context_slope",
+            metric=SLOPE,
             metric_id=f"slope@c={shortest}-{contexts[-1]},{target}",
             value=_slope(contexts, values),
         )

@@ -81,7 +81,7 @@ def _judge(facts: Facts, yardstick: str, span: list[Point]) -> Sufficiency:
     cells = tuple(dict.fromkeys(key for p in (*span, *rows[best]) for key in p.cells))
     text = (
         f"{where} the best transformer, {facts.label(best)}, gains {signed(gained)} bits per byte where the yardstick "
-        f"{facts.label(yardstick)} gains {signed(worth)}, {number(100 * share)} % of it ({100 * LEAST_SHARE:.0f} % are needed)"
+        f"{facts.label(yardstick)} gains {signed(worth)}, {number(round(100 * share))} % of it ({100 * LEAST_SHARE:.0f} % are needed)"
     )
     return Sufficiency("undertrained" if share < LEAST_SHARE else "sufficient", text, cells, share)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -270,7 +270,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text; the first column names the row. ``note`` stands below it in every format."""
+    """A titled table of text; the first column names the row. ``note`` stands below it in every format.
+
+    A ``detail`` is what a reader asks for: it is not shown first.
+    """
 
     id: str
     title: str
@@ -278,6 +281,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[Entry, ...], ...]
     note: str = ""
+    detail: bool = False
 
 
 def best_points(points: Sequence[Point]) -> list[Point]:
@@ -286,30 +290,90 @@ def best_points(points: Sequence[Point]) -> list[Point]:
     return pooled or list(points)
 
 
-def value_tables(points: Sequence[Point]) -> list[Table]:
-    """One table per task and metric: a row per model (and axes), a column per context."""
-    groups: dict[tuple[str, str], list[Point]] = {}
+#: Metrics that are shown first in every task, beside each task's own headline metric.
+_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s")
+
+
+def headlines_of(run: Run) -> set[tuple[str, str]]:
+    """(task, metric) of what is shown first: the metric that a task declares its headline, and scores and times beside it."""
+    return {(cell.task, metric) for cell in run.cells for metric in (cell.metric, *_SHOWN_FIRST)}
+
+
+def value_tables(
+    points: Sequence[Point],
+    names: Mapping[str, str] | None = None,
+    headlines: Collection[tuple[str, str]] | None = None,
+    invalid: Collection[str] = (),
+) -> list[Table]:
+    """One table per task and metric: a row per model (and axes), a column per context or per value of what is varied.
+
+    ``names`` are short names of models; what is not among ``headlines`` is a detail (nothing is, without them); ``invalid``
+    are tasks whose numbers decide nothing, and their titles say so.
+    """
+    groups: dict[tuple[str, str, str], list[Point]] = {}
     for point in best_points(points):
-        groups.setdefault((point.task, point.metric), []).append(point)
-    return [_value_table(f"table-{i}", task, metric, g) for i, ((task, metric), g) in enumerate(groups.items())]
+        groups.setdefault((point.task, point.metric, _varied(point)), []).append(point)
+    groups = {key: group for key, group in groups.items() if any(p.value is not None for p in group) or not key[2]}
+    tables = []
+    for number, ((task, metric, varied), group) in enumerate(groups.items()):
+        detail = headlines is not None and (task, metric) not in headlines
+        made = _value_table(f"table-{number}", (task, metric, varied), group, names or {}, detail)
+        tables.append(replace(made, title=f"{made.title} (invalid: no signal)") if task in invalid else made)
+    return tables
 
 
-def _value_table(id_: str, task: str, metric: str, group: Sequence[Point]) -> Table:
-    known = METRICS.get(metric)
-    contexts = sorted({point.context for point in group})
-    names = row_names(group)
-    rows: dict[str, dict[int, Point]] = {}
+def _varied(point: Point) -> str:
+    """What a task says that it varies (its axis ``axis``), or ""."""
+    return str(dict(point.axes).get("axis") or "")
+
+
+def _column_axis(group: Sequence[Point]) -> str:
+    """The axis that runs over the columns: the one that is varied, else the only one that differs where no context does, else ""."""
+    varied = _varied(group[0])
+    known = {name for point in group for name, _ in point.axes}
+    if varied:
+        return varied if varied in known else ""
+    if len({point.context for point in group}) > 1:
+        return ""
+    values: dict[str, set[Scalar]] = {}
     for point in group:
-        rows.setdefault(names[point], {})[point.context] = point
-    body = tuple(
-        (Entry(name), *(_entry(by_context.get(context)) for context in contexts)) for name, by_context in rows.items()
-    )
-    begins = len(contexts) > 1 and any(
+        for name, value in point.axes:
+            values.setdefault(name, set()).add(value)
+    several = [name for name, found in values.items() if len(found) > 1 and name not in _ABOUT]
+    return several[0] if len(several) == 1 else ""
+
+
+def _value_table(
+    id_: str, about: tuple[str, str, str], group: Sequence[Point], names: Mapping[str, str], detail: bool
+) -> Table:
+    task, metric, varied = about
+    known, across = METRICS.get(metric), _column_axis(group)
+    rows_by_name = row_names(group, names, across)
+
+    def place(point: Point) -> Scalar:
+        return dict(point.axes).get(across) if across else point.context
+
+    places = list(dict.fromkeys(place(point) for point in group))
+    if all(isinstance(value, int | float) for value in places):
+        places.sort(key=lambda value: float(value or 0))
+    rows: dict[str, dict[Scalar, Point]] = {}
+    for point in group:
+        rows.setdefault(rows_by_name[point], {})[place(point)] = point
+    common = _common_reason(group)
+    body = tuple((Entry(name), *(_entry(by_place.get(at), common) for at in places)) for name, by_place in rows.items())
+    begins = len(places) > 1 and any(
         p.context == 0 and p.value is not None for p in group
     )  # 0 is a context among others
-    columns = ("model", *(f"c = {context:,}" if context or begins else "any c" for context in contexts))
+    if across:
+        columns = tuple(f"{across} {at}" if isinstance(at, int | float) else str(at) for at in places)
+    else:
+        columns = tuple(f"c = {at:,}" if at or begins else "any c" for at in places)
     label = known.label if known else metric
-    return Table(id_, f"{task}: {label}", known.meaning if known else "", columns, body, _scope(metric, group))
+    title = f"{task}: {label}{f', by {varied}' if varied else ''}"
+    note = " ".join(
+        part for part in (_scope(metric, group), f"{common[:1].upper()}{common[1:]}." if common else "") if part
+    )
+    return Table(id_, title, known.meaning if known else "", ("model", *columns), body, note, detail)
 
 
 def _scope(metric: str, group: Sequence[Point]) -> str:
@@ -328,33 +392,54 @@ def _scope(metric: str, group: Sequence[Point]) -> str:
     )
 
 
-def row_names(points: Sequence[Point]) -> dict[Point, str]:
-    """Point → the name of its row or line: the model, with batch size and axes where the model has several of them."""
-    values: dict[tuple[str, str], set[Scalar]] = {}
+def row_names(points: Sequence[Point], names: Mapping[str, str] | None = None, across: str = "") -> dict[Point, str]:
+    """Point → the name of its row or line: the model, with batch size and axes where it has several of them at one place.
+
+    ``names`` are short names of models; ``across`` is the axis that tells places apart, instead of the context.
+    """
+    values: dict[tuple[str, str, Scalar], set[Scalar]] = {}
     for point in points:
         if point.value is not None:
-            for name, value in _settings(point):
-                values.setdefault((point.model, name), set()).add(value)
+            at = dict(point.axes).get(across) if across else point.context
+            for name, value in _settings(point, across):
+                values.setdefault((point.model, name, at), set()).add(value)
+    several = {(model, name) for (model, name, _), found in values.items() if len(found) > 1}
     return {
         point: " · ".join(
-            [point.model, *(f"{n}={v}" for n, v in _settings(point) if len(values.get((point.model, n), ())) > 1)]
+            [
+                (names or {}).get(point.model, point.model),
+                *(f"{n}={v}" for n, v in _settings(point, across) if (point.model, n) in several),
+            ]
         )
         for point in points
     }
 
 
-def _settings(point: Point) -> list[tuple[str, Scalar]]:
-    return [("batch", point.batch_size), *(pair for pair in point.axes if pair[0] != HASH_AXIS)]
+#: Axes that say something about a point and make no row of its own.
+_ABOUT = (HASH_AXIS, "chance", "vocabulary", "axis")
 
 
-def _entry(point: Point | None) -> Entry:
+def _settings(point: Point, across: str) -> list[tuple[str, Scalar]]:
+    return [("batch", point.batch_size), *(pair for pair in point.axes if pair[0] not in (*_ABOUT, across))]
+
+
+def _common_reason(group: Sequence[Point]) -> str:
+    """The remark that every value of a table has, which is said once below it."""
+    reasons = {point.reason for point in group if point.value is not None}
+    return reasons.pop() if len(reasons) == 1 else ""
+
+
+def _entry(point: Point | None, common: str = "") -> Entry:
     if point is None:
         return Entry(GAP, "not planned")
     if point.value is None:
         return Entry(point.status, point.reason)
     span = interval(point.low, point.high, point.unit)
     mark = "" if point.status == "ok" else f" ({point.status})"
-    return Entry(quantity(point.value, point.unit) + mark, " ".join(part for part in (span, point.reason) if part))
+    return Entry(
+        quantity(point.value, point.unit) + mark,
+        " ".join(part for part in (span, point.reason) if part and part != common),
+    )
 
 
 def frame(points: Sequence[Point]) -> pd.DataFrame:

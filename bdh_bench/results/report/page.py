@@ -11,19 +11,22 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bdh_bench.metrics import METRICS
-from bdh_bench.results.claims import Answer, answer_of
+from bdh_bench.results.claims import VERDICTS_MEAN, Answer, answer_of
+from bdh_bench.results.contenders import QUALITY
 from bdh_bench.results.display import GAP, count, interval, number, quantity
 from bdh_bench.results.escaping import json_in_html, plain
-from bdh_bench.results.figures import Figure, figures_of
+from bdh_bench.results.figure import BREAK, Dot, Figure
+from bdh_bench.results.figures import figures_of
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.store import CellOutcome, Run
-from bdh_bench.results.tables import Entry, Point, Table, finite, points_of, value_tables
+from bdh_bench.results.tables import Entry, Point, Table, finite, headlines_of, points_of, value_tables
+from bdh_bench.results.validity import without_signal
 
 QUESTION = "Does BDH match transformers and state-space models on long contexts without a KV cache?"
 _FOLDER = Path(__file__).parent
@@ -46,19 +49,23 @@ def content_of(run: Run) -> Content:
     """The content of the report of a run."""
     points = points_of(run)
     answer = answer_of(run, points)
-    tables = (*answer.assessment.tables(), *value_tables(points))
-    return Content(run, points, answer, models_table(run), tables, figures_of(run, points))
+    facts = answer.assessment.facts
+    tables = (
+        *value_tables(points, facts.titles, headlines_of(run), without_signal(answer.assessment.signals)),
+        *answer.assessment.tables(),
+    )
+    return Content(run, points, answer, models_table(run, facts.titles), tables, figures_of(run, points))
 
 
-def models_table(run: Run) -> Table:
-    """What was compared: one row per model."""
+def models_table(run: Run, titles: Mapping[str, str]) -> Table:
+    """What was compared: one row per model, by its short name, with its whole one."""
     seen: dict[str, CellOutcome] = {}
     for cell in run.cells:
         if cell.facts or cell.model not in seen:
             seen.setdefault(cell.model, cell)
             seen[cell.model] = cell if "training" in cell.facts or not seen[cell.model].facts else seen[cell.model]
-    rows = tuple((Entry(model), *(Entry(text) for text in _model_row(cell))) for model, cell in seen.items())
-    columns = ("model", "family", "parameters", "weights", "trained on", "validation", "positions", "kernels")
+    rows = tuple((Entry(titles[model]), *(Entry(text) for text in _model_row(cell))) for model, cell in seen.items())
+    columns = ("model", "whole name", "parameters", "weights", "trained on", "validation", "positions", "kernels")
     return Table("models", "Models", "What was compared, and how it came to its weights.", columns, rows)
 
 
@@ -69,7 +76,7 @@ def _model_row(cell: CellOutcome) -> tuple[str, ...]:
         finite(v) for v in (facts.get("parameters"), training.get("bytes"), facts.get("max_positions"))
     )
     return (
-        cell.family,
+        cell.model,
         GAP if parameters is None else count(parameters),
         str(facts.get("weights") or GAP),
         GAP if read is None else f"{count(read)} bytes{_regime(training)}",
@@ -107,7 +114,10 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         answer=content.answer,
         evidence=_evidence_names(content.run),
         models=content.models,
-        tables=content.tables,
+        first=first_table(content.tables),
+        verdicts_mean=VERDICTS_MEAN,
+        tables=[table for table in content.tables if not table.detail],
+        details=[table for table in content.tables if table.detail],
         figures=[(figure, to_svg(figure), figure_table(figure)) for figure in content.figures],
         figure_data=json_in_html({figure.id: to_plotly(figure) for figure in content.figures}),
         failures=failures_of(content.run),
@@ -119,6 +129,24 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         css=_asset("page.css"),
         policy=policy([text for text, _ in scripts]),
         scripts=[text for text, _ in scripts],
+    )
+
+
+def first_table(tables: Sequence[Table]) -> Table | None:
+    """The table that stands in the answer: quality by context, else whatever comes first."""
+    shown = [table for table in tables if not table.detail]
+    quality = f": {METRICS[QUALITY].label}"
+    found = next((table for table in shown if table.title.endswith(quality)), shown[0] if shown else None)
+    if found is None:
+        return None
+    rows = tuple((row[0], *(_bare(entry) for entry in row[1:])) for row in found.rows)
+    return replace(found, id="first", rows=rows)
+
+
+def _bare(entry: Entry) -> Entry:
+    """The value with its interval; why there is none stands in the tables."""
+    return Entry(
+        "stopped" if entry.text == "unsupported" else entry.text, entry.note if entry.note.startswith("[") else ""
     )
 
 
@@ -148,16 +176,24 @@ def _asset(name: str) -> str:
 
 
 def figure_table(figure: Figure) -> Table:
-    """The data behind a picture."""
+    """The data behind a picture; of a long line every n-th dot, and the last."""
     rows = tuple(
-        tuple(Entry(text) for text in (line.label, f"{dot.x:,.0f}", quantity(dot.y, figure.y.unit), span, dot.status))
+        tuple(
+            Entry(text) for text in (line.label, figure.x.read(dot.x), quantity(dot.y, figure.y.unit), span, dot.status)
+        )
         for line in figure.series
-        for dot in line.points
+        for dot in _thinned(line.points)
+        if dot.status != BREAK
         for span in [interval(dot.low, dot.high, figure.y.unit)]
     )
     return Table(
         f"data-{figure.id}", figure.title, "", ("series", figure.x.label, figure.y.label, "95 %", "status"), rows
     )
+
+
+def _thinned(dots: Sequence[Dot]) -> Sequence[Dot]:
+    every = -(-len(dots) // 20)
+    return dots if every < 3 else (*dots[:-1:every], dots[-1])
 
 
 def failures_of(run: Run) -> list[tuple[CellOutcome, str]]:

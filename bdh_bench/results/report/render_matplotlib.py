@@ -14,7 +14,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from bdh_bench.results.escaping import plain
-from bdh_bench.results.figures import Axis, Figure, Series
+from bdh_bench.results.figure import Axis, Figure, Series
 
 _INK, _GRID = "#333333", "#dddddd"
 _MARKERS = {
@@ -28,7 +28,7 @@ _MARKERS = {
     "pentagon": "p",
 }
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":", "longdash": (0, (8, 3))}
-_MARK_SYMBOLS = {"stopped": "|", "failed": "x"}
+_MARK_SYMBOLS = {"stopped": "|", "failed": "x", "half": "+"}
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -63,8 +63,8 @@ def to_svg(figure: Figure) -> str:
 
 
 def _draw(axes: Any, figure: Figure) -> None:
-    axes.set_xscale(figure.x.scale)
-    axes.set_yscale(figure.y.scale)
+    for axis, set_scale in ((figure.x, axes.set_xscale), (figure.y, axes.set_yscale)):
+        set_scale("linear" if axis.scale == "ordinal" else axis.scale)
     for number, line in enumerate(figure.series):
         _draw_series(axes, line, number)
     for number, reference in enumerate(figure.references):
@@ -73,9 +73,9 @@ def _draw(axes: Any, figure: Figure) -> None:
         )
         axes.annotate(
             reference.label,
-            (1, reference.value),
+            (1 if reference.side == "right" else 0.01, reference.value),
             xycoords=("axes fraction", "data"),
-            ha="right",
+            ha=reference.side,
             va="bottom",
             fontsize=7.5,
         )
@@ -108,9 +108,9 @@ def _draw_series(axes: Any, line: Series, number: int) -> None:
         color=line.color,
         marker=_MARKERS[line.marker] if measured and len(xs) <= 40 else "",
         linestyle=_DASHES[line.dash],
-        linewidth=1.6 if measured else 1,
+        linewidth=1.6 if measured else 1.2,
         markersize=5,
-        label=_legend(line),
+        label=_legend(line) if line.legend else None,
         gid=f"series-{number}",
     )
     bars = [
@@ -122,12 +122,14 @@ def _draw_series(axes: Any, line: Series, number: int) -> None:
 
 def _legend(line: Series) -> str:
     # matplotlib leaves out of the legend what begins with an underscore
-    label = line.label if line.kind == "measured" else f"{line.label} ({line.kind})"
+    label = line.label if line.kind in ("measured", "reference") else f"{line.label} ({line.kind})"
     return f"\u200b{label}" if label.startswith("_") else label or "(no name)"
 
 
 def _set_axis(axis: Any, set_label: Any, description: Axis) -> None:
     set_label(description.title)
+    if description.span:
+        axis.set_view_interval(*description.span, ignore=True)
     if description.ticks:
         low, high = axis.get_view_interval()
         inside = [(v, t) for v, t in description.ticks if low <= v <= high]

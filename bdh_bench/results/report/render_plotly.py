@@ -12,10 +12,10 @@ from typing import Any
 
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.escaping import plotly as safe
-from bdh_bench.results.figures import Axis, Dot, Figure, Mark, Reference, Series
+from bdh_bench.results.figure import Axis, Dot, Figure, Mark, Reference, Series
 
 _MARKERS = {"cross": "x"}
-_MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open"}
+_MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open", "half": "cross-thin-open"}
 
 
 def to_plotly(figure: Figure) -> dict[str, Any]:
@@ -31,11 +31,12 @@ def _trace(line: Series, figure: Figure) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "scatter",
         "mode": "lines+markers" if measured and len(line.points) <= 40 else "lines",
-        "name": safe(line.label if measured else f"{line.label} ({line.kind})"),
+        "name": safe(line.label if line.kind in ("measured", "reference") else f"{line.label} ({line.kind})"),
         "x": [dot.x for dot in line.points],
         "y": [dot.y for dot in line.points],
         "connectgaps": False,
-        "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1},
+        "showlegend": line.legend,
+        "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1.5},
         "marker": {"color": line.color, "symbol": _MARKERS.get(line.marker, line.marker), "size": 8},
         "text": [_hover(dot, figure) for dot in line.points],
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
@@ -59,7 +60,7 @@ def _reach(upper: float | None, lower: float | None) -> float | None:
 def _hover(dot: Dot, figure: Figure) -> str:
     span = interval(dot.low, dot.high, figure.y.unit)
     status = "" if dot.status == "ok" else f" · {dot.status}"
-    x = quantity(dot.x, figure.x.unit) if figure.x.unit == "byte" else f"{dot.x:,.0f} {figure.x.unit}"
+    x = figure.x.read(dot.x) + (f" {figure.x.unit}" if figure.x.unit not in ("", "byte") else "")
     y = quantity(dot.y, figure.y.unit) if dot.y is not None else GAP
     return safe(f"{figure.x.label} {x}: {y} {span}{status}")
 
@@ -90,7 +91,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
         "shapes": [_line(reference) for reference in figure.references],
         "annotations": [_caption(reference, figure.y) for reference in figure.references],
         "showlegend": True,
-        "legend": {"orientation": "h", "y": -0.2, "yanchor": "top"},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
@@ -102,10 +103,12 @@ def _layout(figure: Figure) -> dict[str, Any]:
 def _axis(axis: Axis) -> dict[str, Any]:
     out: dict[str, Any] = {
         "title": {"text": safe(axis.title)},
-        "type": axis.scale,
+        "type": "linear" if axis.scale == "ordinal" else axis.scale,
         "automargin": True,
         "zeroline": False,
     }
+    if axis.span:
+        out["range"] = list(axis.span)
     if axis.ticks:
         out |= {
             "tickvals": [v for v, _ in axis.ticks],
@@ -130,5 +133,6 @@ def _line(reference: Reference) -> dict[str, Any]:
 
 def _caption(reference: Reference, axis: Axis) -> dict[str, Any]:
     y = math.log10(reference.value) if axis.scale == "log" and reference.value > 0 else reference.value
-    place = {"xref": "paper", "x": 1, "xanchor": "right", "y": y, "yanchor": "bottom", "showarrow": False}
+    x = 1 if reference.side == "right" else 0.01
+    place = {"xref": "paper", "x": x, "xanchor": reference.side, "y": y, "yanchor": "bottom", "showarrow": False}
     return {**place, "text": safe(reference.label), "font": {"size": 11}}

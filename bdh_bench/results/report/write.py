@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdh_bench.errors import StoreError
+from bdh_bench.results.claims import VERDICTS_MEAN
 from bdh_bench.results.escaping import markdown
 from bdh_bench.results.export import as_csv, markdown_table, point_as_json
 from bdh_bench.results.report.page import QUESTION, Content, content_of, failures_of, provenance_of, render
@@ -37,8 +38,9 @@ def as_text(content: Content) -> str:
     lines = [f"# {QUESTION}", "", f"Run {markdown(content.run.id)}{f' ({markdown(labels)})' if labels else ''}.", ""]
     lines += [markdown(content.answer.paragraph.text), "", "## Not decided", ""]
     lines += [f"- {markdown(claim.text)}" for claim in content.answer.open]
-    lines += ["", "## What was measured", ""]
-    lines += [f"- {markdown(claim.text)}" for claim in content.answer.claims] or ["- Nothing."]
+    lines += ["", "## What was measured", "", VERDICTS_MEAN, ""]
+    said = (*content.answer.verdicts, *content.answer.details)
+    lines += [f"- {markdown(claim.text)}" for claim in said] or ["- Nothing."]
     lines += ["", "## Tables", "", markdown_table(content.models), *map(markdown_table, content.tables)]
     lines += ["## What has no value, and why", ""]
     lines += [
