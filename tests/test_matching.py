@@ -141,6 +141,8 @@ def test_training_uses_the_matched_bytes(books: Path) -> None:
     model, name = load_model(_OTHER, train_context=64), parse_model(_OTHER)
     report = train_or_load(model, name, spec, 0, open_corpus(spec.data), lambda *a: None)
     assert report["bytes"] == pytest.approx(matched_bytes(model, spec), rel=0.05)
+    assert Checkpoint(report["checkpoint"]).weights.is_file()
+    assert "/" not in report["checkpoint"]  # a row names a checkpoint, not a place on this machine
 
 
 # -- state ---------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ class _Job:
         checkpoint = Checkpoint(self.key(recipe))
         parts = self.corpus.part("train"), self.corpus.part("validation")
         report = train(self.model, recipe, *parts, checkpoint, self.progress)
-        return {**report, "checkpoint": str(checkpoint.weights)}
+        return {**report, "checkpoint": checkpoint.folder.name}  # no path: rows may leave this machine
 
 
 def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -150,5 +150,5 @@ def train_model(spec: RunSpec, progress: Progress) -> dict[str, Any]:
     if not getattr(model, "trainable", True):
         raise SpecError(f"{str(model_spec)!r} has nothing to learn", "choose a model that is trained")
     report = train_or_load(model, model_spec, spec, spec.seeds[0], corpus, progress)
-    weights = report.pop("checkpoint")
+    weights = str(Checkpoint(report.pop("checkpoint")).weights)
     return {"model": str(model_spec), "parameters": model.parameter_count(), "weights": weights, **report}
