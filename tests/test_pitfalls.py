@@ -80,7 +80,7 @@ def test_what_is_open_is_known() -> None:
     ("old", "new", "says"),
     [
         ("test_other_targets`", "test_other_target`", "P13: no test"),
-        ("`results/figures.py`", "`results/figure.py`", "P13: no module"),
+        ("`results/figures.py`", "`results/drawing.py`", "P13: no module"),
         ("test_store.py::", "test_stores.py::", "P4: no test"),
         ("| P7 |", "| P77 |", "no row P7"),
         ("\n- P21: ", "\n- P22: ", "P21: open"),

@@ -253,7 +253,7 @@ def test_where_a_stream_starts_anew_is_part_of_the_printed_command() -> None:
 
 
 def _models_of(run: Run) -> tuple[Any, Any]:
-    table = models_table(run)
+    table = models_table(run, {cell.model: cell.model for cell in run.cells})
     return table.columns, table.rows[0]
 
 

@@ -295,8 +295,14 @@ _SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s")
 
 
 def headlines_of(run: Run) -> set[tuple[str, str]]:
-    """(task, metric) of what is shown first: the metric that a task declares its headline, and scores and times beside it."""
-    return {(cell.task, metric) for cell in run.cells for metric in (cell.metric, *_SHOWN_FIRST)}
+    """(task, metric) of what is shown first: the metric that a task declares its headline, and scores and times beside it.
+
+    Of a task whose headline nothing measured (what it measures depends on what it was asked for), all that was.
+    """
+    wanted = {(cell.task, metric) for cell in run.cells for metric in (cell.metric, *_SHOWN_FIRST)}
+    measured = {(record.task, record.metric) for record in run.records if record.value is not None}
+    silent = {task for task, _ in measured} - {task for task, _ in measured & wanted}
+    return wanted | {(task, metric) for task, metric in measured if task in silent}
 
 
 def value_tables(
