@@ -31,6 +31,8 @@ from bdh_bench.results.validity import without_signal
 QUESTION = "Does BDH match transformers and state-space models on long contexts without a KV cache?"
 _FOLDER = Path(__file__).parent
 _LOG_TAIL = 4000
+#: Rows of one table of the page; the exports have all.
+_MOST_ROWS = 60
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,17 @@ def content_of(run: Run) -> Content:
     return Content(run, points, answer, models_table(run, facts.titles), tables, figures_of(run, points))
 
 
-def models_table(run: Run, titles: Mapping[str, str]) -> Table:
+def models_table(run: Run, titles: Mapping[str, str] | None = None) -> Table:
     """What was compared: one row per model, by its short name, with its whole one."""
     seen: dict[str, CellOutcome] = {}
     for cell in run.cells:
         if cell.facts or cell.model not in seen:
             seen.setdefault(cell.model, cell)
             seen[cell.model] = cell if "training" in cell.facts or not seen[cell.model].facts else seen[cell.model]
-    rows = tuple((Entry(titles[model]), *(Entry(text) for text in _model_row(cell))) for model, cell in seen.items())
+    rows = tuple(
+        (Entry((titles or {}).get(model, model)), *(Entry(text) for text in _model_row(cell)))
+        for model, cell in seen.items()
+    )
     columns = ("model", "whole name", "parameters", "weights", "trained on", "validation", "positions", "kernels")
     return Table("models", "Models", "What was compared, and how it came to its weights.", columns, rows)
 
@@ -106,6 +111,7 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = plain
+    environment.globals["most_rows"] = _MOST_ROWS
     scripts = [_script(text) for text in (plotly_js, _asset("page.js")) if text is not None]
     return environment.get_template("page.html.j2").render(
         question=QUESTION,
@@ -192,7 +198,7 @@ def figure_table(figure: Figure) -> Table:
 
 
 def _thinned(dots: Sequence[Dot]) -> Sequence[Dot]:
-    every = -(-len(dots) // 20)
+    every = -(-len(dots) // 10)
     return dots if every < 3 else (*dots[:-1:every], dots[-1])
 
 
