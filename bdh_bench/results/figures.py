@@ -20,7 +20,6 @@ from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import sufficiency_of
 from bdh_bench.results.tables import Point, best_points, finite
 
-
 #: Dots of a training curve, at the most.
 _CURVE = 48
 
