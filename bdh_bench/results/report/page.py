@@ -59,17 +59,14 @@ def content_of(run: Run) -> Content:
     return Content(run, points, answer, models_table(run, facts.titles), tables, figures_of(run, points))
 
 
-def models_table(run: Run, titles: Mapping[str, str] | None = None) -> Table:
+def models_table(run: Run, titles: Mapping[str, str]) -> Table:
     """What was compared: one row per model, by its short name, with its whole one."""
     seen: dict[str, CellOutcome] = {}
     for cell in run.cells:
         if cell.facts or cell.model not in seen:
             seen.setdefault(cell.model, cell)
             seen[cell.model] = cell if "training" in cell.facts or not seen[cell.model].facts else seen[cell.model]
-    rows = tuple(
-        (Entry((titles or {}).get(model, model)), *(Entry(text) for text in _model_row(cell)))
-        for model, cell in seen.items()
-    )
+    rows = tuple((Entry(titles[model]), *(Entry(text) for text in _model_row(cell))) for model, cell in seen.items())
     columns = ("model", "whole name", "parameters", "weights", "trained on", "validation", "positions", "kernels")
     return Table("models", "Models", "What was compared, and how it came to its weights.", columns, rows)
 
