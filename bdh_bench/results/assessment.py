@@ -39,7 +39,7 @@ class Assessment:
         """Comparisons, what contexts are worth, and the fairness card; each only where it has rows."""
         note = f"{self.training.status.capitalize()}: {self.training.text}."
         found = (
-            comparison_table(self.facts, self.comparisons),
+            replace(comparison_table(self.facts, self.comparisons), detail=True),
             extrapolation_table(self.facts, self.sweeps, note, self.training.undertrained),
             replace(fairness_table(self.card, self.facts), detail=True),
         )

@@ -267,7 +267,12 @@ def comparison_table(facts: Facts, comparisons: Sequence[Comparison]) -> Table:
     columns = (
         "comparison", "claim", "context", "difference", "95 %", "90 %", "MDE", "p (floor)", "Holm p", "documents", "verdict",
     )  # fmt: skip
-    rows = tuple(_table_row(facts, c) for c in headline(comparisons))
+    shown = headline(comparisons)
+    texts = [{reason.text for reason in c.decision.reasons} for c in shown]
+    shared = (
+        [r.text for r in shown[0].decision.reasons if all(r.text in own for own in texts)] if len(shown) > 1 else []
+    )
+    rows = tuple(_table_row(facts, c, shared) for c in shown)
     primary = " and ".join(f"{count(c)}" for c in facts.primary_contexts) or "T and 4T (T is not known)"
     kinds = sorted({c.claim for c in comparisons}) or ["checkpoint"]
     unranked = sum(c.decision.unranked for c in comparisons)
@@ -275,6 +280,7 @@ def comparison_table(facts: Facts, comparisons: Sequence[Comparison]) -> Table:
         f"Claims about {' and '.join(_PLURAL[k] for k in kinds)}. Difference: first minus second, bits per byte unless named; "
         f"equivalence margin ±{facts.margin:g} bits per byte, 90 % interval; * primary: bits per byte at {primary} bytes of "
         f"context. MDE is 2.8 standard errors. {RESAMPLES:,} resamples, seed {SEED}. "
+        + (f"Against every winner here: {'; '.join(shared)}. " if shared else "")
         + (f"Unranked: {unranked} of {len(comparisons)} comparisons, for the reasons given." if unranked else "")
     )
     meaning = (
@@ -287,13 +293,13 @@ def comparison_table(facts: Facts, comparisons: Sequence[Comparison]) -> Table:
 _PLURAL: Mapping[ClaimKind, str] = {"checkpoint": "these checkpoints", "architecture": "architectures"}
 
 
-def _table_row(facts: Facts, c: Comparison) -> tuple[Entry, ...]:
+def _table_row(facts: Facts, c: Comparison, shared: Sequence[str]) -> tuple[Entry, ...]:
     difference, known = c.difference, METRICS[c.point.metric]
     inner = difference.inner if difference else None
     clusters = "" if c.evidence.documents == c.documents else f" in {count(c.evidence.documents)} clusters"
     flips = f"{number(c.p_documents.value)} ({number(c.p_documents.floor)})" if c.p_documents else GAP
     seeds = f"; seeds {number(c.p_seeds.value)} ({number(c.p_seeds.floor)})" if c.p_seeds else ""
-    why = "; ".join(reason.text for reason in c.decision.reasons)
+    why = "; ".join(reason.text for reason in c.decision.reasons if reason.text not in shared)
     verdict = f"unranked ({c.decision.verdict})" if c.decision.unranked else c.decision.verdict
     what = "" if c.point.metric == QUALITY else f", {known.label}"
     return (

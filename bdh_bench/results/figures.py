@@ -20,6 +20,9 @@ from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import sufficiency_of
 from bdh_bench.results.tables import Point, best_points, finite
 
+#: Dots of a training curve, at the most.
+_CURVE = 48
+
 
 def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
     """The figures for which the run has at least one value."""
@@ -121,6 +124,8 @@ def training_curves(facts: Facts) -> Figure:
         curve = (cell.facts.get("training") or {}).get("curve") or []
         dots = [dot for row in curve if (dot := _curve_dot(row))]
         if dots:
+            thin = -(-len(dots) // _CURVE)
+            dots = dots if thin < 2 else [*dots[:-1:thin], dots[-1]]
             curves.setdefault((cell.model, cell.seed), dots)  # cells of one model share one checkpoint
     first = {model: seed for model, seed in reversed(curves)}
     styles = styles_of((model, facts.family[model]) for model in dict.fromkeys(model for model, _ in curves))

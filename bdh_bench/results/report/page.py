@@ -31,6 +31,8 @@ from bdh_bench.results.validity import without_signal
 QUESTION = "Does BDH match transformers and state-space models on long contexts without a KV cache?"
 _FOLDER = Path(__file__).parent
 _LOG_TAIL = 4000
+#: Rows of one table of the page; the exports have all.
+_MOST_ROWS = 60
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         lstrip_blocks=True,
     )
     environment.filters["plain"] = plain
+    environment.globals["most_rows"] = _MOST_ROWS
     scripts = [_script(text) for text in (plotly_js, _asset("page.js")) if text is not None]
     return environment.get_template("page.html.j2").render(
         question=QUESTION,
@@ -192,7 +195,7 @@ def figure_table(figure: Figure) -> Table:
 
 
 def _thinned(dots: Sequence[Dot]) -> Sequence[Dot]:
-    every = -(-len(dots) // 20)
+    every = -(-len(dots) // 10)
     return dots if every < 3 else (*dots[:-1:every], dots[-1])
 
 

@@ -29,6 +29,8 @@ _MARKERS = {
 }
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":", "longdash": (0, (8, 3))}
 _MARK_SYMBOLS = {"stopped": "|", "failed": "x", "half": "+"}
+#: A hundredth of a point is finer than any screen; the rest is weight.
+_DECIMALS = re.compile(r"(\d\.\d\d)\d+")
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -150,6 +152,7 @@ def _cleaned(text: str, figure: Figure) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     named = f'width="100%" role="img" aria-label={quoteattr(plain(figure.alt))}'
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', lambda found: f"{found[1]} {named}", text, count=1)
+    text = re.sub(r' (?:d|x|y|transform|style)="[^"]*"', lambda found: _DECIMALS.sub(r"\1", found[0]), text)
     text = re.sub(r'\bid="', f'id="{figure.id}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\1{figure.id}-", text)
     return text.replace(_INK, f"var(--ink, {_INK})").replace(_GRID, f"var(--grid, {_GRID})").strip()
