@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= stdlib
 
-.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training bench-parity docs-hf clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training bench-parity docs docs-hf clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -53,8 +53,12 @@ bench-training: $(VENV)/.user
 bench-parity: $(VENV)/.user
 	$(BIN)/python benchmarks/training_parity.py --data $(DATA)
 
+docs: $(VENV)/.dev
+	$(BIN)/python docs/generate_definitions.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 docs-hf: $(VENV)/.dev
 	$(BIN)/python docs/generate_hf_models.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache
