@@ -58,7 +58,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """One line. Without ``legend`` it shares the entry of another line of its label (another seed)."""
+    """One line. Without ``legend`` it shares the entry of another line of its label (another seed); ``model`` is the short name to filter by."""
 
     key: str
     label: str
@@ -68,6 +68,7 @@ class Series:
     marker: str
     dash: str
     legend: bool = True
+    model: str = ""
 
 
 @dataclass(frozen=True)

@@ -91,10 +91,11 @@ def line_of(
     legend: bool = True,
 ) -> Series:
     """A line; that of a yardstick looks like a reference."""
+    owner = plain(facts.label(model))
     if facts.kind.get(model) == YARDSTICK:
         name = plain(shortened(f"{label} (no learning)"))
-        return Series(plain(key), name, tuple(dots), "reference", *REFERENCE_STYLE, legend)
-    return Series(plain(key), plain(shortened(label)), tuple(dots), "measured", *style, legend)
+        return Series(plain(key), name, tuple(dots), "reference", *REFERENCE_STYLE, legend, owner)
+    return Series(plain(key), plain(shortened(label)), tuple(dots), "measured", *style, legend, owner)
 
 
 def share_axis(label: str) -> Axis:

@@ -25,7 +25,7 @@ from bdh_bench.results.figures import figures_of
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.store import CellOutcome, Run
-from bdh_bench.results.tables import Entry, Point, Table, finite, headlines_of, points_of, value_tables
+from bdh_bench.results.tables import HASH_AXIS, Entry, Point, Table, finite, headlines_of, points_of, value_tables
 from bdh_bench.results.validity import without_signal
 
 QUESTION = "Does BDH match transformers and state-space models on long contexts without a KV cache?"
@@ -33,6 +33,8 @@ _FOLDER = Path(__file__).parent
 _LOG_TAIL = 4000
 #: Rows of one table of the page; the exports have all.
 _MOST_ROWS = 60
+#: Points that the page carries; results.csv has all.
+_MOST_POINTS = 2000
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,12 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         details=[table for table in content.tables if table.detail],
         figures=[(figure, to_svg(figure), figure_table(figure)) for figure in content.figures],
         figure_data=json_in_html({figure.id: to_plotly(figure) for figure in content.figures}),
+        chips=(chips := chips_of(content.figures)),
+        model_names=json_in_html([name for name, _ in chips]),
+        point_count=len(content.points),
+        points_shown=_MOST_POINTS,
+        point_data=(data := point_data(content.points, content.answer.assessment.facts.names)),
+        point_json=json_in_html(data),
         failures=failures_of(content.run),
         metrics=[metric for name, metric in METRICS.items() if name in {point.metric for point in content.points}],
         provenance=provenance_of(content.run),
@@ -133,6 +141,31 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         policy=policy([text for text, _ in scripts]),
         scripts=[text for text, _ in scripts],
     )
+
+
+def chips_of(figures: Sequence[Figure]) -> list[tuple[str, str]]:
+    """(short name, colour) of every model that is drawn: what a reader can show and hide."""
+    lines = (line for figure in figures for line in figure.series if line.model)
+    return list({line.model: line.color for line in lines}.items())
+
+
+def point_data(points: Sequence[Point], names: Mapping[str, str]) -> dict[str, Any]:
+    """The points as a table of texts: columns, the words that occur, and rows of numbers of words (or of rare texts)."""
+    columns = ("model", "task", "metric", "context", "batch size", "axes", "seed", "value", "95 %", "n", "status", "cell")
+    words: dict[str, int] = {}
+    rows = []
+    for point in points[:_MOST_POINTS]:
+        axes = ", ".join(f"{name}={value}" for name, value in point.axes if name != HASH_AXIS)
+        common = (
+            names.get(point.model, point.model), point.task, point.metric, str(point.context), str(point.batch_size), axes,
+            "all" if point.seed is None else str(point.seed),
+        )  # fmt: skip
+        value, span = quantity(point.value, point.unit), interval(point.low, point.high, point.unit)
+        status = f"{point.status}: {point.reason}" if point.reason else point.status
+        numbers = [words.setdefault(plain(text), len(words)) for text in common]
+        ends = [words.setdefault(plain(text), len(words)) for text in (str(point.n), status, (point.cells or ("",))[0])]
+        rows.append([*numbers, plain(value), plain(span), *ends])
+    return {"columns": columns, "words": list(words), "rows": rows}
 
 
 def first_table(tables: Sequence[Table]) -> Table | None:

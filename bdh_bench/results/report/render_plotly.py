@@ -35,6 +35,7 @@ def _trace(line: Series, figure: Figure) -> dict[str, Any]:
         "x": [dot.x for dot in line.points],
         "y": [dot.y for dot in line.points],
         "connectgaps": False,
+        "meta": safe(line.model),
         "showlegend": line.legend,
         "line": {"color": line.color, "dash": line.dash, "width": 2 if measured else 1.5},
         "marker": {"color": line.color, "symbol": _MARKERS.get(line.marker, line.marker), "size": 8},
