@@ -91,6 +91,10 @@ def run(
     train_seconds: TrainSeconds = 0.0,
     equivalence_margin: Margin = 0.02,
     gate: Gate = "standard",
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", help="Rounds (fresh processes) of each cell, for tasks that repeat in rounds."),
+    ] = None,
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -104,7 +108,7 @@ def run(
     """Train what is needed, measure every cell in its own process, and keep the results."""
     from bdh_bench.spec import from_toml, require_positive
 
-    require_positive(cell_timeout=cell_timeout)
+    require_positive(cell_timeout=cell_timeout, rounds=1 if rounds is None else rounds)
     if spec is not None and (models or task):
         raise SpecError("got --spec and --models or --task · expected one or the other")
     if spec is not None:
@@ -128,6 +132,7 @@ def run(
             equivalence_margin=equivalence_margin,
             state_protocol=state,
             gate=gate,
+            rounds=rounds or 0,
             split_documents=_bytes(split_documents),
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
@@ -195,11 +200,12 @@ def _run(
         else:
             for cell in cells:
                 where = f" context {cell['context']:,}" if cell["context"] is not None else ""
-                typer.echo(f"{cell['key'][:12]}  {cell['model']}  {cell['task']}  seed {cell['seed']}{where}")
+                often = f" rounds {cell['rounds']}" if cell["rounds"] > 1 else ""
+                typer.echo(f"{cell['key'][:12]}  {cell['model']}  {cell['task']}  seed {cell['seed']}{where}{often}")
         return
     folder = prepare(plan, root, run_id, resume)
     _say(f"run {folder.name}: {len(plan.cells)} cells" + (f" · {', '.join(plan.labels)}" if plan.labels else ""))
-    with _progress(len(plan.cells)) as report:
+    with _progress(len(plan.rounds)) as report:
         try:
             done = execute(plan, folder, report, timeout_s)
         except KeyboardInterrupt:

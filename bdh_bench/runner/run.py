@@ -58,9 +58,9 @@ def _continues(folder: Path, plan: Plan) -> bool:
 
 
 def execute(plan: Plan, folder: Path, report: Report, timeout_s: float) -> Run:
-    """Run every cell without a final row and read the run back."""
-    cells = [(cell, plan.contexts[cell.task]) for cell in plan.cells]
-    run_cells(folder, plan.spec, cells, report, timeout_s)
+    """Run every round without a final row and read the run back."""
+    rounds = [(cell, number, plan.contexts[cell.task]) for cell, number in plan.rounds]
+    run_cells(folder, plan.spec, rounds, report, timeout_s)
     return open_run(folder)
 
 

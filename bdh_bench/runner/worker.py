@@ -1,4 +1,4 @@
-"""One cell in a process of its own: build the model, train it if the task wants that, run the task, write what came out.
+"""One round of a cell in a process of its own: build the model, train it if the task wants that, run the task, write what came out.
 
 The request comes as one JSON line on stdin; progress goes out as JSON lines on stdout; the result goes into this worker's own shard
 of the store, as one event. When the parent's end of stdin closes, the worker ends: no orphan goes on measuring.
@@ -32,12 +32,12 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(request["run_folder"])
     cell, spec = Cell(**request["cell"]), RunSpec.from_mapping(request["spec"])
-    attempt = int(request["attempt"])
-    writer = EventWriter(folder, f"{cell.key[:16]}-{attempt}")
-    writer.write("started", cell=cell.key, attempt=attempt)
-    files = attempt_folder(folder, cell.key, attempt)
+    who: dict[str, Any] = {"cell": cell.key, "round": int(request["round"]), "attempt": int(request["attempt"])}
+    writer = EventWriter(folder, f"{cell.key[:16]}-{who['round']}-{who['attempt']}")
+    writer.write("started", **who)
+    files = attempt_folder(folder, cell.key, who["round"], who["attempt"])
     outcome = _outcome(cell, spec, tuple(request["contexts"]), files)
-    writer.write("result", cell=cell.key, attempt=attempt, **outcome)
+    writer.write("result", **who, **outcome)
     writer.close()
     return 0
 

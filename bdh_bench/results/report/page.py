@@ -238,6 +238,7 @@ def cell_command(run: Run, cell: CellOutcome) -> str:
     ):
         if isinstance(spec.get(name), str | int):
             parts += [option, str(spec[name])]
+    parts += ["--rounds", str(len(cell.rounds))] if len(cell.rounds) > 1 else []
     return plain(shlex.join(parts + (["--smoke"] if spec.get("smoke") else [])))
 
 
