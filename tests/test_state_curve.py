@@ -66,8 +66,8 @@ def test_the_formula_of_the_default_bdh_against_llama_of_its_shape() -> None:
     """T* = L·mult·D²·b_state / (2·L_kv·d_kv·b_kv): 16,384 with equal types, and twice that with a cache of half as many heads."""
     with torch.device("meta"):
         ours = bdh.Model(bdh.Config())
-        theirs = llama.Model(llama.Config(n_layer=6, n_embd=256, n_head=4))
-        half = llama.Model(llama.Config(n_layer=6, n_embd=256, n_head=4, kv_heads=2))
+        theirs = llama.Model(llama.Config(n_layer=6, d_model=256, n_head=4))
+        half = llama.Model(llama.Config(n_layer=6, d_model=256, n_head=4, kv_heads=2))
     curves = [dict(map(tuple, knots(lambda c, m=m: m.state_bytes(1, c), None) or [])) for m in (ours, theirs, half)]  # type: ignore[misc, arg-type]
     for curve, expected in ((curves[1], 16_384.0), (curves[2], 32_768.0)):
         crossed = analytic(curves[0], curve)

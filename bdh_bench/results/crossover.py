@@ -89,7 +89,9 @@ class Crossover:
         if not self.at:
             found = f"none up to {count(self.reach)}"
         else:
-            found = f"{' and '.join(count(at) for at in self.at)} ({self.kind}{', several' if self.several else ''})"
+            found = (
+                f"{' and '.join(count(place) for place in self.at)} ({self.kind}{', several' if self.several else ''})"
+            )
         if self.low is not None and self.high is not None:
             found += f" [{count(self.low)}, {count(self.high)}]"
         return found if self.decided else f"{found}; not decided: {self.doubt}"
@@ -118,8 +120,8 @@ def analytic(first: Curve, second: Curve) -> Crossover | None:
     if len(grid) < 2:
         return None
     one, two = (_read(curve, grid) for curve in (first, second))
-    at = _crossings(np.array(grid, dtype=np.float64), one - two)
-    return Crossover(tuple(at), "analytic" if at else "none", "analytic", reach, _lower(one[-1], two[-1]))
+    places = _crossings(np.array(grid, dtype=np.float64), one - two)
+    return Crossover(tuple(places), "analytic" if places else "none", "analytic", reach, _lower(one[-1], two[-1]))
 
 
 def measured(first: Curve, second: Curve) -> Crossover | None:
@@ -129,8 +131,8 @@ def measured(first: Curve, second: Curve) -> Crossover | None:
         return None
     one, two = (np.array([float(curve[c]) for c in grid]) for curve in (first, second))
     x, apart = np.log(np.array(grid, dtype=np.float64)), np.log(one) - np.log(two)
-    inside = tuple(math.exp(at) for at in _crossings(x, apart))
-    outside = () if inside else tuple(math.exp(at) for at in _beyond(x, apart))
+    inside = tuple(math.exp(place) for place in _crossings(x, apart))
+    outside = () if inside else tuple(math.exp(place) for place in _beyond(x, apart))
     kind: Kind = "measured" if inside else "extrapolated" if outside else "none"
     return Crossover(inside or outside, kind, "measured", grid[-1], _lower(one[-1], two[-1]))
 
@@ -168,6 +170,11 @@ def with_resamples(point: Crossover, contexts: Sequence[int], first: Floats, sec
         np.quantile(found[crossed], [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]).tolist() if crossed.any() else (None, None)
     )
     return replace(point, low=low, high=high, dissent=float(1 - crossed.mean()), rounds=rounds)
+
+
+def at(formula: Curve, context: int) -> float:
+    """A formula at one context, straight between its knots and flat outside them."""
+    return float(_read(formula, [context])[0])
 
 
 # -- the arithmetic ----------------------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ def _beyond(x: Floats, apart: Floats) -> Iterable[float]:
     for end, near in ((0, 1), (-1, -2)):
         slope = (apart[near] - apart[end]) / (x[near] - x[end])
         if slope and apart[end]:
-            at = float(x[end] - apart[end] / slope)
-            outwards = at - float(x[end]) if end else float(x[end]) - at
-            if 0 < outwards <= math.log(FARTHEST) and at >= 0:
-                yield at
+            place = float(x[end] - apart[end] / slope)
+            outwards = place - float(x[end]) if end else float(x[end]) - place
+            if 0 < outwards <= math.log(FARTHEST) and place >= 0:
+                yield place
