@@ -22,6 +22,7 @@ from bdh_bench.data.corpus import Corpus, open_corpus
 from bdh_bench.errors import BenchError, LawError, PositionLimitError
 from bdh_bench.measure.clock import now_s
 from bdh_bench.results.store import EventWriter, attempt_folder, measurement_body
+from bdh_bench.runner.state_curve import knots
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.types import MEASURED_STATUSES, Arrays, Cell, Measurement, Scalar, TaskContext
 
@@ -234,6 +235,7 @@ def _model_facts(model: Any, spec: ModelSpec, train_context: int) -> dict[str, A
         "non_embedding_parameters": model.parameter_count() - _embedding_parameters(model),
         "unrolled_parameters": unrolled(),
         "state_bytes": {str(k * train_context): _state_bytes(model, k * train_context) for k in (1, 4, 16)},
+        "state_curve": knots(lambda context: int(model.state_bytes(1, context)), model.max_positions),
         "flops_per_token": _flops_per_token(model, train_context),
         "vocab_size": model.vocab_size,
         "start_symbol": model.start_symbol,
