@@ -1,7 +1,7 @@
 """The command line: it parses, calls, and prints; it decides nothing.
 
 stdout is data, stderr is progress and messages. Exit codes: 0 all cells have a result; 1 internal error; 2 usage; 3 finished with
-failed cells; 5 nothing measured; 6 a correctness gate failed; 130 Ctrl-C (the store stays consistent).
+failed cells; 5 nothing measured; 6 a correctness gate failed; 7 unfit host under --strict-host; 130 Ctrl-C (the store stays consistent).
 """
 
 from __future__ import annotations
@@ -644,6 +644,27 @@ def export(
         _print_json("export", "ok", {"run": stored.id, "rows": rows, "output": str(output) if output else None})
     elif output is None:
         typer.echo(text, nl=not text.endswith("\n"))
+
+
+@app.command()
+def doctor(
+    strict_host: Annotated[
+        bool, typer.Option("--strict-host", help="Exit code 7 where this machine is unfit to measure on.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """What this machine is, how noisy it is now, what is missing, and the command that adds it."""
+    from bdh_bench import columns
+    from bdh_bench.runner.doctor import examine
+
+    examination = examine()
+    if json_:
+        _print_json("doctor", "ok" if examination.fit else "failed", examination.as_json())
+    else:
+        columns.show(examination.as_rows())
+        _say(f"noise: {examination.noise.grade}" + ("" if examination.fit else "; unfit to measure on"))
+    if strict_host and not examination.fit:
+        raise typer.Exit(7)
 
 
 def _open(root: Path, name: str | None) -> Run:
