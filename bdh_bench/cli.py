@@ -647,6 +647,43 @@ def export(
 
 
 @app.command()
+def selftest(
+    perf: Annotated[
+        bool, typer.Option("--perf", help="Also what measuring costs, and whether 5 % more time is found (minutes).")
+    ] = False,
+    keep: Annotated[Path | None, typer.Option("--keep", help="A new folder for the rows; without it they go.")] = None,
+    json_: Json = False,
+) -> None:
+    """Run toys whose numbers are known through the harness; exit code 6 where a truth is not recovered."""
+    from bdh_bench import columns
+    from bdh_bench.runner.selftest import outcome
+    from bdh_bench.runner.selftest.proof import cell_count, find
+    from bdh_bench.runner.selftest.truths import NOT_RECOVERED
+
+    with _progress(cell_count()) as report:
+        findings = find(keep, report, perf)
+    kept = outcome.keep(findings)
+    wrong = [finding for finding in findings if finding.verdict == NOT_RECOVERED]
+    if json_:
+        rows = [vars(finding) for finding in findings]
+        errors = [
+            {
+                "code": "NotRecovered",
+                "message": f"{f.name}: got {f.measured} · expected {f.expected}",
+                "hint": "",
+                "cell": None,
+            }
+            for f in wrong
+        ]
+        _print_json("selftest", "failed" if wrong else "ok", kept | {"truths": rows}, errors)
+    else:
+        columns.show([vars(finding) for finding in findings])
+        _say(kept["result"])
+    if wrong:
+        raise typer.Exit(6)
+
+
+@app.command()
 def doctor(
     strict_host: Annotated[
         bool, typer.Option("--strict-host", help="Exit code 7 where this machine is unfit to measure on.")
