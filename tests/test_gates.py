@@ -18,6 +18,7 @@ from torch import Tensor
 from bdh_bench import load_model
 from bdh_bench.data.corpus import Document
 from bdh_bench.errors import LawError
+from bdh_bench.folders import cache_folder
 from bdh_bench.loading import build
 from bdh_bench.models import bdh, gpt2, llama, toy
 from bdh_bench.results.assessment import assess
@@ -27,7 +28,6 @@ from bdh_bench.runner.plan import make_plan
 from bdh_bench.runner.run import execute, exit_code, prepare
 from bdh_bench.session import StreamSession
 from bdh_bench.spec import RunSpec
-from bdh_bench.training.checkpoints import cache_folder
 
 _SMOKE = gates.LENGTHS["smoke"]
 _BDH = "bdh:n_layer=2:n_embd=16:n_head=2:mlp_internal_dim_multiplier=8"

@@ -12,6 +12,7 @@ from bdh_bench.measure.host import environment
 from bdh_bench.results.store import Run, check_run_id, create_run, list_runs, new_run_id, open_run
 from bdh_bench.runner.local import Report, run_cells
 from bdh_bench.runner.plan import Plan
+from bdh_bench.runner.selftest import outcome as selftest
 
 
 def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
@@ -37,7 +38,8 @@ def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
             raise SpecError(f"the code or the text has changed since run {run_id!r} was started", "start a new run")
         return folder
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    manifest = plan.manifest(run_id, created, environment())
+    known = environment()
+    manifest = plan.manifest(run_id, created, {**known, "selftest": selftest.last(known)})
     if plan.texts is not None and plan.corpus is not None:
         shares = plan.texts.overlap()
         rows = [
