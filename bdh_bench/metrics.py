@@ -119,7 +119,8 @@ _TABLE = (
         "byte",
         "lower",
         "prefill peak above the loaded process",
-        "High-water mark of resident memory during prefill, minus resident memory before it.",
+        "High-water mark of memory during prefill, minus what was held before it; keep=last asks for the last logits of each piece, "
+        "keep=all for all of them.",
         "median",
     ),
     Metric(
@@ -127,7 +128,7 @@ _TABLE = (
         "byte",
         "lower",
         "decode peak above the loaded process",
-        "High-water mark of resident memory during decoding, minus resident memory before it.",
+        "High-water mark of memory during decoding, minus what was held before it.",
         "median",
     ),
     Metric(
@@ -136,6 +137,22 @@ _TABLE = (
         "lower",
         "peak footprint of the process",
         "Absolute high-water mark of the process over prefill and decoding: the number that decides out-of-memory.",
+        "median",
+    ),
+    Metric(
+        "logits_bytes",
+        "byte",
+        "lower",
+        "logits of one piece",
+        "The largest storage of logits that one call of prefill handed out; in the peak of prefill, and no activation.",
+        "exact",
+    ),
+    Metric(
+        "fragmentation_bytes",
+        "byte",
+        "lower",
+        "memory not given back",
+        "What the process holds more than before once all streams are gone and the heap is trimmed; on CUDA reserved minus allocated.",
         "median",
     ),
     Metric(
