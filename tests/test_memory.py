@@ -86,18 +86,15 @@ def test_the_peak_of_one_phase_is_not_that_of_the_other(phase: str) -> None:
 class _Leaking(toy.Model):
     """Keeps 32 MiB of every session for ever."""
 
-    kept: list[Tensor] = []
+    kept: tuple[Tensor, ...] = ()
 
     def memory(self, batch_size: int) -> Any:
-        self.kept.append(torch.ones(32 * _MIB, dtype=torch.uint8))
+        self.kept += (torch.ones(32 * _MIB, dtype=torch.uint8),)
         return super().memory(batch_size)
 
 
 def test_what_is_never_given_back_is_told() -> None:
-    try:
-        rows = _measured(_Leaking(toy.Config()), 64)
-    finally:
-        _Leaking.kept.clear()
+    rows = _measured(_Leaking(toy.Config()), 64)
     assert _value(rows, "fragmentation_bytes") == pytest.approx(64 * _MIB, rel=0.04)  # two measured sessions
 
 

@@ -17,7 +17,7 @@ back there are no peaks by phase, and the footprint says that it counts from the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +79,11 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     marks.settle()
     start = marks.held()
     pieces = tokens.split(PIECE, 1)
-    session, prefill = _phase(marks, lambda: model.session(batch), pieces, "last")
+    session, prefill = _phase(marks, model, pieces, "last")
     yield from _census(model, session, length, batch, context)
-    session, decode = _phase(marks, lambda: session, [tokens[:, :1]] * config.steps, "last")
+    session, decode = _phase(marks, model, [tokens[:, :1]] * config.steps, "last", session)
     del session
-    every = _phase(marks, lambda: model.session(batch), pieces, "all")[1]  # its stream ends here
+    every = _phase(marks, model, pieces, "all")[1]  # its stream ends here
     marks.settle()
     unused = marks.unused(start)
     weights = storage_bytes([*model.parameters(), *model.buffers()])
@@ -99,11 +99,11 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
         yield Measurement("fragmentation_bytes", unused, length, batch)
 
 
-def _phase(marks: Marks, session_of: Callable[[], Any], pieces: Sequence[Tensor], keep: Keep) -> tuple[Any, _Phase]:
-    """Read the pieces between two marks; the logits of one are gone before the next is read."""
+def _phase(marks: Marks, model: Any, pieces: Sequence[Tensor], keep: Keep, session: Any = None) -> tuple[Any, _Phase]:
+    """Read the pieces between two marks, on a new stream unless one is given; logits are gone before the next piece is read."""
     marks.settle()  # else what the last phase has freed would serve this one, and hide it
     before, resettable = marks.held(), marks.reset()
-    session, largest = session_of(), 0
+    session, largest = session or model.session(len(pieces[0])), 0
     for piece in pieces:
         largest = max(largest, storage_bytes([session.extend(piece, keep)]))
     return session, _Phase(before, resettable, marks.peak(), marks.footprint(), largest)
