@@ -126,13 +126,12 @@ class Model(Streaming, nn.Module):
         if isinstance(memory, GrowingMemory):
             shape = (tokens.shape[0], tokens.shape[1] * self.config.bytes_per_token)
             memory.parts["bytes"].append(torch.ones(shape, dtype=torch.uint8, device=tokens.device))
-        if self.config.name == "copy":
-            before = memory.tensors()["recent"]  # (B, up to period)
-            out = self._copy(before, tokens)
-            memory.load({"recent": torch.cat((before, tokens), 1)[:, -self.config.period :].clone()})
-        else:
-            out = self._uniform(tokens)
-        return out if keep == "all" else out[:, -1:]
+        predicted = tokens if keep == "all" else tokens[:, -1:]  # no logits are made that nobody wants
+        if self.config.name != "copy":
+            return self._uniform(predicted)
+        known = torch.cat((memory.tensors()["recent"], tokens), 1)
+        memory.load({"recent": known[:, -self.config.period :].clone()})
+        return self._copy(known[:, : -predicted.shape[1]], predicted)
 
     def _uniform(self, tokens: Tensor) -> Tensor:
         value = float("nan") if self.config.name == "nan" else 0.0

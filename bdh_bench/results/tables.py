@@ -291,7 +291,7 @@ def best_points(points: Sequence[Point]) -> list[Point]:
 
 
 #: Metrics that are shown first in every task, beside each task's own headline metric.
-_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s")
+_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s", "state_restore_s", "state_fork_s")
 
 
 def headlines_of(run: Run) -> set[tuple[str, str]]:
