@@ -1,7 +1,7 @@
 """The command line: it parses, calls, and prints; it decides nothing.
 
 stdout is data, stderr is progress and messages. Exit codes: 0 all cells have a result; 1 internal error; 2 usage; 3 finished with
-failed cells; 5 nothing measured; 6 a correctness gate failed; 130 Ctrl-C (the store stays consistent).
+failed cells; 5 nothing measured; 6 a correctness gate failed; 7 unfit host under --strict-host; 130 Ctrl-C (the store stays consistent).
 """
 
 from __future__ import annotations
@@ -91,6 +91,10 @@ def run(
     train_seconds: TrainSeconds = 0.0,
     equivalence_margin: Margin = 0.02,
     gate: Gate = "standard",
+    rounds: Annotated[
+        int | None,
+        typer.Option("--rounds", help="Rounds (fresh processes) of each cell, for tasks that repeat in rounds."),
+    ] = None,
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
@@ -104,7 +108,7 @@ def run(
     """Train what is needed, measure every cell in its own process, and keep the results."""
     from bdh_bench.spec import from_toml, require_positive
 
-    require_positive(cell_timeout=cell_timeout)
+    require_positive(cell_timeout=cell_timeout, rounds=1 if rounds is None else rounds)
     if spec is not None and (models or task):
         raise SpecError("got --spec and --models or --task · expected one or the other")
     if spec is not None:
@@ -128,6 +132,7 @@ def run(
             equivalence_margin=equivalence_margin,
             state_protocol=state,
             gate=gate,
+            rounds=rounds or 0,
             split_documents=_bytes(split_documents),
         )
     _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
@@ -195,11 +200,12 @@ def _run(
         else:
             for cell in cells:
                 where = f" context {cell['context']:,}" if cell["context"] is not None else ""
-                typer.echo(f"{cell['key'][:12]}  {cell['model']}  {cell['task']}  seed {cell['seed']}{where}")
+                often = f" rounds {cell['rounds']}" if cell["rounds"] > 1 else ""
+                typer.echo(f"{cell['key'][:12]}  {cell['model']}  {cell['task']}  seed {cell['seed']}{where}{often}")
         return
     folder = prepare(plan, root, run_id, resume)
     _say(f"run {folder.name}: {len(plan.cells)} cells" + (f" · {', '.join(plan.labels)}" if plan.labels else ""))
-    with _progress(len(plan.cells)) as report:
+    with _progress(len(plan.rounds)) as report:
         try:
             done = execute(plan, folder, report, timeout_s)
         except KeyboardInterrupt:
@@ -644,6 +650,64 @@ def export(
         _print_json("export", "ok", {"run": stored.id, "rows": rows, "output": str(output) if output else None})
     elif output is None:
         typer.echo(text, nl=not text.endswith("\n"))
+
+
+@app.command()
+def selftest(
+    perf: Annotated[
+        bool, typer.Option("--perf", help="Also what measuring costs, and whether 5 % more time is found (minutes).")
+    ] = False,
+    keep: Annotated[Path | None, typer.Option("--keep", help="A new folder for the rows; without it they go.")] = None,
+    json_: Json = False,
+) -> None:
+    """Run toys whose numbers are known through the harness; exit code 6 where a truth is not recovered."""
+    from bdh_bench import columns
+    from bdh_bench.runner.selftest import outcome
+    from bdh_bench.runner.selftest.proof import cell_count, find
+    from bdh_bench.runner.selftest.truths import NOT_RECOVERED
+
+    with _progress(cell_count()) as report:
+        findings = find(keep, report, perf)
+    kept = outcome.keep(findings)
+    wrong = [finding for finding in findings if finding.verdict == NOT_RECOVERED]
+    if json_:
+        rows = [vars(finding) for finding in findings]
+        errors = [
+            {
+                "code": "NotRecovered",
+                "message": f"{f.name}: got {f.measured} · expected {f.expected}",
+                "hint": "",
+                "cell": None,
+            }
+            for f in wrong
+        ]
+        _print_json("selftest", "failed" if wrong else "ok", kept | {"truths": rows}, errors)
+    else:
+        columns.show([vars(finding) for finding in findings])
+        _say(kept["result"])
+    if wrong:
+        raise typer.Exit(6)
+
+
+@app.command()
+def doctor(
+    strict_host: Annotated[
+        bool, typer.Option("--strict-host", help="Exit code 7 where this machine is unfit to measure on.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """What this machine is, how noisy it is now, what is missing, and the command that adds it."""
+    from bdh_bench import columns
+    from bdh_bench.runner.doctor import examine
+
+    examination = examine()
+    if json_:
+        _print_json("doctor", "ok" if examination.fit else "failed", examination.as_json())
+    else:
+        columns.show(examination.as_rows())
+        _say(f"noise: {examination.noise.grade}" + ("" if examination.fit else "; unfit to measure on"))
+    if strict_host and not examination.fit:
+        raise typer.Exit(7)
 
 
 def _open(root: Path, name: str | None) -> Run:

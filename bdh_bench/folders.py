@@ -1,4 +1,7 @@
-"""How does a new folder appear whole or not at all? It is written under another name beside its place, then renamed."""
+"""Where is what outlives a run kept, and how does a new folder appear whole or not at all?
+
+A new folder is written under another name beside its place, then renamed.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bdh_bench.errors import SpecError
+
+
+def cache_folder() -> Path:
+    """``BDH_BENCH_CACHE``, else the user's cache folder."""
+    if chosen := os.environ.get("BDH_BENCH_CACHE"):
+        return Path(chosen)
+    try:
+        from platformdirs import user_cache_path
+    except ModuleNotFoundError:  # bare GPU images
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bdh-bench"
+    return user_cache_path("bdh-bench")
 
 
 def require_absent(path: Path) -> None:

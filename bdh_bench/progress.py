@@ -44,22 +44,23 @@ class Progress:
         phase = str(facts.get("phase", ""))
         if phase == "done":
             self.done += 1
-            self._line(f"{self._name(cell)}: {_outcome(facts)}")
+            self._line(f"{self._name(cell, facts)}: {_outcome(facts)}")
         elif self._bar is not None:
-            text = f"{self._name(cell)} · {_phase(facts)}"
+            text = f"{self._name(cell, facts)} · {_phase(facts)}"
             self._bar.update(
                 self._task, completed=float(facts.get("fraction", 0.0)), description=text, cells=self._cells()
             )
         elif phase == "start" or time.monotonic() - self._said > _HEARTBEAT_S:
-            self._line(f"{self._name(cell)} · {_phase(facts)}")
+            self._line(f"{self._name(cell, facts)} · {_phase(facts)}")
 
     def _cells(self) -> str:
         return f"{self.done}/{self.total}"
 
-    def _name(self, cell: Cell) -> str:
+    def _name(self, cell: Cell, facts: dict[str, Any]) -> str:
         where = f" at {cell.context:,}" if cell.context is not None else ""
         seed = f" seed {cell.seed}" if cell.seed else ""
-        return f"{cell.model} {cell.task}{where}{seed}"
+        which = f" round {facts['round']} of {cell.rounds}" if cell.rounds > 1 and "round" in facts else ""
+        return f"{cell.model} {cell.task}{where}{seed}{which}"
 
     def _line(self, text: str) -> None:
         self._said = time.monotonic()

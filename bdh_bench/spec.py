@@ -197,8 +197,9 @@ class RunSpec:
     models are made equal; ``train_seconds`` is the training time of each with ``match="wallclock"``. ``equivalence_margin`` is the
     difference in bits per byte below which two models count as equal, declared before anything is measured. ``state_protocol`` says
     where the state of a scored stream is emptied; ``split_documents`` cuts longer documents into pieces of so many bytes (0: never);
-    ``gate`` says how long the texts of the correctness gates are.
-    Raises SpecError for a margin that is none.
+    ``gate`` says how long the texts of the correctness gates are; ``rounds`` how often a cell of a task that repeats in rounds is
+    measured, each time by a fresh process (0: as often as the task declares).
+    Raises SpecError for a margin or a number of rounds that is none.
     """
 
     models: tuple[str, ...]
@@ -220,6 +221,7 @@ class RunSpec:
     train_seconds: float = 0.0
     equivalence_margin: float = 0.02
     gate: str = "standard"
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         require_positive(equivalence_margin=self.equivalence_margin)
@@ -227,6 +229,8 @@ class RunSpec:
             raise SpecError(
                 f"got --equivalence-margin {self.equivalence_margin} · expected a finite number of bits per byte"
             )
+        if type(self.rounds) is not int or self.rounds < 0:
+            raise SpecError(f"got --rounds {self.rounds} · expected a whole number greater than 0")
 
     def digest(self) -> str:
         """sha256 of the canonical JSON of this request."""

@@ -171,17 +171,22 @@ class Record:
     reason: str
     weights: str
     facts: Mapping[str, Any]
+    round: int = 1
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The smallest thing that runs, fails and is resumed on its own: one model × task × seed (× context)."""
+    """The smallest thing that is planned and counted: one model × task × seed (× context), measured ``rounds`` times.
+
+    A round is one fresh process that measures the cell once; rounds run, fail and are resumed on their own.
+    """
 
     key: str
     model: str
     task: str
     seed: int
     context: int | None = None
+    rounds: int = 1
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def cell(model: str, task: str, seed: int, metric: str, family: str | None = Non
     family = family or name.split(":")[0]
     return {
         "key": key, "model": model, "family": family, "kind": KINDS.get(family, ""), "size": size, "task": task, "seed": seed,
-        "context": None, "metric": metric,
+        "context": None, "rounds": 1, "metric": metric,
     }  # fmt: skip
 
 
@@ -169,11 +169,11 @@ def _write_cell(
     rename: Callable[[str], str],
 ) -> None:
     family, key = one["family"], one["key"]
-    writer.write("started", cell=key, attempt=1)
+    writer.write("started", cell=key, round=1, attempt=1)
     if crash in ("all", f"{one['task']}/{one['model']}"):
         log = rename("Traceback (most recent call last):\n  …\nRuntimeError: boom\x1b[31m <b>red</b>")
         reason = rename("worker ended by signal 11")
-        writer.write("failed", cell=key, attempt=1, status="crash", reason=reason, facts={}, log=log)
+        writer.write("failed", cell=key, round=1, attempt=1, status="crash", reason=reason, facts={}, log=log)
         return
     made = {
         "long_ppl": lambda: quality(family, one["seed"], documents, losses),
@@ -182,7 +182,7 @@ def _write_cell(
     }[one["task"]]()
     rows = [measurement_body(measurement) for measurement in made]
     known = facts(family, one["seed"])
-    writer.write("result", cell=key, attempt=1, status="ok", facts=known, measurements=rows)
+    writer.write("result", cell=key, round=1, attempt=1, status="ok", facts=known, measurements=rows)
 
 
 def usual_manifest(models: Sequence[str], seeds: int, documents: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _MAY_IMPORT = {
     # tasks/lm_eval.py asks the adapter, and the adapter scores with tasks/_scoring.py: no circle between files (tested below)
     "tasks": {"errors", "types", "session", "data", "measure", "lm_eval"},
     "lm_eval": {"errors", "types", "spec", "sources", "session", "loading", "weights", "data", "tasks"},
-    "training": {"errors", "data", "measure", "types"},
+    "training": {"errors", "folders", "data", "measure", "types"},
     "results": {"errors", "types", "metrics"},
     "progress": {"types"},
 }

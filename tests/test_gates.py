@@ -18,6 +18,7 @@ from torch import Tensor
 from bdh_bench import load_model
 from bdh_bench.data.corpus import Document
 from bdh_bench.errors import LawError
+from bdh_bench.folders import cache_folder
 from bdh_bench.loading import build
 from bdh_bench.models import bdh, gpt2, llama, toy
 from bdh_bench.results.assessment import assess
@@ -27,7 +28,6 @@ from bdh_bench.runner.plan import make_plan
 from bdh_bench.runner.run import execute, exit_code, prepare
 from bdh_bench.session import StreamSession
 from bdh_bench.spec import RunSpec
-from bdh_bench.training.checkpoints import cache_folder
 
 _SMOKE = gates.LENGTHS["smoke"]
 _BDH = "bdh:n_layer=2:n_embd=16:n_head=2:mlp_internal_dim_multiplier=8"
@@ -307,7 +307,9 @@ def test_a_failed_gate_stores_its_failure_and_no_value(
 
 
 def test_a_gate_of_a_task_that_fails_is_a_row_too(tmp_path: Path) -> None:
-    run = _go(RunSpec(("toy:nan",), ("latency:steps=2:windows=2:prefills=1", "memory"), contexts=(16,)), tmp_path)
+    run = _go(
+        RunSpec(("toy:nan",), ("latency:steps=2:windows=2:prefills=1", "memory"), contexts=(16,), rounds=1), tmp_path
+    )
     assert [cell.status for cell in run.cells] == ["gate_failed", "gate_failed"]
     for cell in run.cells:
         failed = [row for row in cell.facts["gates"] if not row["kept"]]

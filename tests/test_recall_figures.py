@@ -97,7 +97,7 @@ def with_streams(run: Run, bits: dict[str, float], documents: int = 6, size: int
     classes = np.array(([12] * 40 + [-1] * 10 + [0] * 14) * 4)[:size]
     np.savez(run.path / "texts.npz", documents=names, **{f"classes_{i}": classes for i in range(documents)})
     for cell in (c for c in run.cells if c.task == "long_ppl"):
-        folder = run.path / "cells" / cell.key[:16] / str(cell.attempt)
+        folder = run.path / "cells" / cell.files
         folder.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, object] = {
             "documents": names, "train_context": 256, "metric_id": "bpb@stream,state=carry"

@@ -38,7 +38,7 @@ def _go(spec: RunSpec, root: Path, timeout_s: float = 120.0, **how: Any) -> Run:
 
 def test_each_death_is_a_row_and_the_others_finish(tmp_path: Path) -> None:
     models = ("toy:segfault", "toy:nan", "toy:oom", "toy:uniform")
-    run = _go(RunSpec(models, ("latency:steps=2:windows=2:prefills=1",), contexts=(16,)), tmp_path)
+    run = _go(RunSpec(models, ("latency:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=1), tmp_path)
     assert [c.status for c in run.cells] == ["crash", "gate_failed", "oom_host", "ok"]
     assert "SIGSEGV" in run.cells[0].reason
     assert tally(run) == {"ok": 1, "failed": 2, "skipped": 1}
@@ -171,7 +171,10 @@ def test_per_byte_results_are_kept_beside_the_rows(tmp_path: Path, books: Path) 
 
 def test_memory_and_latency_rows_have_units_and_truths(tmp_path: Path) -> None:
     spec = RunSpec(
-        ("toy:linear_kv", "toy:sleep", "gpt2"), ("memory", "latency:steps=3:windows=2:prefills=2"), contexts=(64, 600)
+        ("toy:linear_kv", "toy:sleep", "gpt2"),
+        ("memory", "latency:steps=3:windows=2:prefills=2"),
+        contexts=(64, 600),
+        rounds=1,
     )
     run = _go(spec, tmp_path)
     state = {(r.model, r.context): r.value for r in run.records if r.metric == "state_bytes"}
@@ -186,14 +189,53 @@ def test_a_lease_of_a_dead_process_is_stale_and_of_a_live_one_is_not(tmp_path: P
     (tmp_path / "leases").mkdir()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    path = tmp_path / "leases" / ("c" * 16)
+    path = tmp_path / "leases" / f"{'c' * 16}-1"
     path.write_text(json.dumps({"pid": gone.pid, "boot": boot_id()}))
-    with lease(tmp_path, "c" * 64):
+    with lease(tmp_path, "c" * 64, 1):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert not path.exists()
     path.write_text(json.dumps({"pid": os.getppid(), "boot": boot_id()}))
-    with pytest.raises(StoreError, match="another process"), lease(tmp_path, "c" * 64):
+    with pytest.raises(StoreError, match="another process"), lease(tmp_path, "c" * 64, 1):
         pass
+
+
+def test_rounds_are_interleaved_and_no_part_of_the_key() -> None:
+    spec = RunSpec(("bdh", "gpt2", "llama"), ("latency", "memory"), contexts=(16, 32), seeds=(0, 1))
+    plan = make_plan(spec)
+    assert {c.rounds for c in plan.cells if c.task == "latency"} == {5}
+    assert {c.rounds for c in plan.cells if c.task == "memory"} == {1}
+    assert {c.key for c in make_plan(replace(spec, rounds=2)).cells} == {c.key for c in plan.cells}
+    timed = [c for c in plan.cells if c.task == "latency"]
+    once = [(c, 1) for c in plan.cells if c.task == "memory"]
+    assert plan.rounds[: len(once)] == tuple(once)  # as planned
+    drawn = plan.rounds[len(once) :]
+    orders = [drawn[i * len(timed) : (i + 1) * len(timed)] for i in range(5)]
+    for number, order in enumerate(orders, 1):
+        assert {n for _, n in order} == {number}
+        assert {c.key for c, _ in order} == {c.key for c in timed}
+    assert len({tuple(c.key for c, _ in order) for order in orders}) == 5  # each round in an order of its own
+    assert make_plan(spec).rounds == plan.rounds
+    assert {c.rounds for c in make_plan(replace(spec, smoke=True)).cells} == {1}
+    with pytest.raises(SpecError, match="repeats in rounds"):
+        make_plan(replace(spec, tasks=("memory",), rounds=3))
+
+
+def test_every_round_is_a_process_and_a_row_and_is_resumed_on_its_own(tmp_path: Path) -> None:
+    spec = RunSpec(("toy:uniform",), ("latency:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=2)
+    plan = make_plan(spec)
+    folder = prepare(plan, tmp_path, "r", False)
+    first = replace(plan, cells=(replace(plan.cells[0], rounds=1),))
+    half = execute(first, folder, lambda *a: None, 120.0)
+    assert (half.finished, tally(half)) == (False, {"ok": 0, "failed": 0, "skipped": 0})
+    shard = {p: p.read_bytes() for p in (folder / "events").iterdir()}
+    run = execute(plan, prepare(plan, tmp_path, "r", True), lambda *a: None, 120.0)
+    assert tally(run) == {"ok": 1, "failed": 0, "skipped": 0}
+    assert {p: p.read_bytes() for p in shard} == shard
+    assert [(one.round, one.attempt) for one in run.cells[0].rounds] == [(1, 1), (2, 1)]
+    key = run.cells[0].key[:16]
+    assert sorted(p.name for p in (folder / "cells" / key).iterdir()) == ["1-1", "2-1"]
+    assert sorted((r.round, r.repeat) for r in run.records if r.metric == "tpot_s") == [(1, 0), (1, 1), (2, 0), (2, 1)]
+    assert cell_command(run, run.cells[0]).endswith("--rounds 2")
 
 
 def test_cells_change_with_what_changes_their_numbers(books: Path) -> None:

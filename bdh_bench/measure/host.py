@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,3 +73,9 @@ def _cpu_name() -> str:
 def native_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512)."""
     return bool({"amx_bf16", "avx512_bf16"} & _cpu_flags()[1])
+
+
+def fingerprint(known: Mapping[str, Any]) -> str:
+    """A short name for the machine that ``environment`` described: processor, cores, memory and system, nobody's host name."""
+    parts = [str(known.get(name)) for name in ("platform", "cpu", "cores", "memory_bytes")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -4,10 +4,11 @@
     copy          certain that the byte ``period`` positions earlier comes again; uniform before there is one
     sleep         uniform, ``seconds`` per extend
     alloc         uniform, touches ``bytes`` of transient memory per extend (default 100 MiB)
-    const_state   uniform, with a state of ``bytes`` per stream (default 1 MiB)
-    linear_kv     uniform, with a state of ``bytes_per_token`` per token
+    slow_warmup   uniform; each of its first ``slow_calls`` calls takes 100 · ``seconds``, every later one no time
+    const_state   uniform, with a state of ``bytes`` per stream (default 1 MiB) that it reads at every call
+    linear_kv     uniform, with a state of ``bytes_per_token`` per token, all of which it reads at every call
     oom           asks for 2⁶⁰ bytes
-    hang          never returns
+    hang          never returns, nor do its ``children``, processes of their own
     nan           logits that are not numbers
     segfault      kills its own process
 
@@ -20,6 +21,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 
@@ -37,6 +40,7 @@ DEFAULTS = {
         "copy",
         "sleep",
         "alloc",
+        "slow_warmup",
         "const_state",
         "linear_kv",
         "oom",
@@ -61,9 +65,11 @@ class Config:
     name             the word after ``toy:``
     vocab_size       tokens; 256 are the bytes
     period           positions back that copy looks
-    seconds          that sleep takes per extend
+    seconds          that sleep takes per extend; slow_warmup takes a hundred times as long at first
     bytes            of alloc and const_state; 0 means the word's own default
     bytes_per_token  of state, for linear_kv
+    slow_calls       of slow_warmup
+    children         of hang
     """
 
     name: str = "uniform"
@@ -72,6 +78,8 @@ class Config:
     seconds: float = 0.001
     bytes: int = 0
     bytes_per_token: int = 1024
+    slow_calls: int = 1
+    children: int = 0
 
     @property
     def size(self) -> int:
@@ -90,6 +98,7 @@ class Model(Streaming, nn.Module):
         self.vocab_size = config.vocab_size
         # No elements: it only carries the device and dtype that the model was moved to.
         self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.calls = 0
 
     def logits(self, tokens: Tensor) -> Tensor:
         """(B, T) → (B, T, V)."""
@@ -111,20 +120,18 @@ class Model(Streaming, nn.Module):
     def advance(self, memory: Memory, position: int, tokens: Tensor, keep: Keep) -> Tensor:
         """Misbehave, remember, predict."""
         self._misbehave(tokens.device)
-        if self.config.name == "sleep":
-            time.sleep(self.config.seconds)
+        self._take_time(memory)
         if self.config.name == "alloc":
             torch.ones(self.config.size, dtype=torch.uint8, device=tokens.device)
         if isinstance(memory, GrowingMemory):
             shape = (tokens.shape[0], tokens.shape[1] * self.config.bytes_per_token)
             memory.parts["bytes"].append(torch.ones(shape, dtype=torch.uint8, device=tokens.device))
-        if self.config.name == "copy":
-            before = memory.tensors()["recent"]  # (B, up to period)
-            out = self._copy(before, tokens)
-            memory.load({"recent": torch.cat((before, tokens), 1)[:, -self.config.period :].clone()})
-        else:
-            out = self._uniform(tokens)
-        return out if keep == "all" else out[:, -1:]
+        predicted = tokens if keep == "all" else tokens[:, -1:]  # no logits are made that nobody wants
+        if self.config.name != "copy":
+            return self._uniform(predicted)
+        known = torch.cat((memory.tensors()["recent"], tokens), 1)
+        memory.load({"recent": known[:, -self.config.period :].clone()})
+        return self._copy(known[:, : -predicted.shape[1]], predicted)
 
     def _uniform(self, tokens: Tensor) -> Tensor:
         value = float("nan") if self.config.name == "nan" else 0.0
@@ -144,11 +151,25 @@ class Model(Streaming, nn.Module):
             out[:, first:].scatter_(2, seen.unsqueeze(2), 0.0)
         return out
 
+    def _take_time(self, memory: Memory) -> None:
+        """As long as a call of the word takes: by the clock, or by what is in memory."""
+        self.calls += 1
+        if self.config.name == "sleep":
+            time.sleep(self.config.seconds)
+        if self.config.name == "slow_warmup" and self.calls <= self.config.slow_calls:
+            time.sleep(100 * self.config.seconds)
+        if self.config.name in ("const_state", "linear_kv"):
+            for tensor in memory.tensors().values():
+                tensor.max()
+
     def _misbehave(self, device: torch.device) -> None:
         if self.config.name == "oom":
             torch.empty(2**60, dtype=torch.uint8, device=device)
         if self.config.name == "segfault":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if self.config.name == "hang":
+            forever = [sys.executable, "-c", "import time; time.sleep(1e6)"]
+            self.kept = [subprocess.Popen(forever) for _ in range(self.config.children)]
         while self.config.name == "hang":
             time.sleep(3600)
 
@@ -177,5 +198,6 @@ def _check(config: Config) -> None:
     for name in ("vocab_size", "period", "bytes_per_token"):
         if getattr(config, name) < 1:
             raise SpecError(f"got {name}={getattr(config, name)} · expected at least 1")
-    if config.bytes < 0 or config.seconds < 0:
-        raise SpecError(f"got bytes={config.bytes}, seconds={config.seconds} · expected 0 or more")
+    for name in ("bytes", "seconds", "slow_calls", "children"):
+        if getattr(config, name) < 0:
+            raise SpecError(f"got {name}={getattr(config, name)} · expected 0 or more")

@@ -21,6 +21,7 @@ from bdh_bench.results.contenders import QUALITY, TRANSFORMER, Facts
 from bdh_bench.results.decisions import RANKING, SEEDS_TO_RANK, Why
 from bdh_bench.results.display import count, number, quantity, signed, signed_interval
 from bdh_bench.results.extrapolation import WORSE_BY, Sweep
+from bdh_bench.results.state_crossover import Census, StateCrossover, census_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import Point, finite
 from bdh_bench.results.thresholds import SOLVED, first_below
@@ -70,7 +71,7 @@ def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
     facts = known.facts
     by_pair = [list(_quality(known, *pair)) for pair in facts.pairs()]
     quality = [claim for claims in by_pair for claim in claims]
-    memory = list(_memory(facts))
+    memory = list(_memory(known))
     latency = list(_latency(facts))
     first = (*_training(known), *_signals(known), *_regimes(known))
     rest = (*_contexts(known), *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
@@ -363,15 +364,14 @@ def _references(known: Assessment) -> Iterator[Claim]:
 # -- memory and time -------------------------------------------------------------------------------------------------
 
 
-def _memory(facts: Facts) -> Iterator[Claim]:
-    curves = {model: _per_stream(facts.select(model, "state_bytes")) for model in facts.machines()}
-    for model, curve in curves.items():
-        if curve:
+def _memory(known: Assessment) -> Iterator[Claim]:
+    facts = known.facts
+    for model in facts.machines():
+        if curve := census_of(facts, model):
             yield _growth(facts, model, curve)
-    for first, second in _apart(facts):
-        claim = _crossing(facts, curves[first], curves[second])
-        if claim:
-            yield claim
+    for crossover in known.card.crossovers:
+        if crossover.found is not None:
+            yield _crossing(facts, crossover)
 
 
 def _apart(facts: Facts) -> list[tuple[str, str]]:
@@ -380,15 +380,7 @@ def _apart(facts: Facts) -> list[tuple[str, str]]:
     return [pair for pair in facts.pairs() if set(pair) <= machines]
 
 
-def _per_stream(points: Sequence[Point]) -> dict[int, tuple[float, Point]]:
-    """context → (bytes per stream, point), from the smallest batch of each context."""
-    curve: dict[int, tuple[float, Point]] = {}
-    for point in sorted(points, key=lambda p: (p.context, p.batch_size)):
-        curve.setdefault(point.context, (float(point.value or 0) / max(1, point.batch_size), point))
-    return curve
-
-
-def _growth(facts: Facts, model: str, curve: Mapping[int, tuple[float, Point]]) -> Claim:
+def _growth(facts: Facts, model: str, curve: Census) -> Claim:
     name, contexts = facts.label(model), list(curve)
     values = [value for value, _ in curve.values()]
     first, last = quantity(values[0], "byte"), quantity(values[-1], "byte")
@@ -412,41 +404,21 @@ def _growth(facts: Facts, model: str, curve: Mapping[int, tuple[float, Point]]) 
     return Claim(text, _cells(point for _, point in curve.values()), "state per stream", kind, "memory")
 
 
-def _crossing(
-    facts: Facts, one: Mapping[int, tuple[float, Point]], two: Mapping[int, tuple[float, Point]]
-) -> Claim | None:
-    grid = [c for c in sorted(set(one) & set(two)) if c > 0 and one[c][0] > 0 and two[c][0] > 0]
-    if len(grid) < 2:
-        return None
-    a, b = (facts.label(curve[grid[0]][1].model) for curve in (one, two))
-    evidence = _cells(curve[c][1] for curve in (one, two) for c in grid)
-    logs = {c: math.log(one[c][0] / two[c][0]) for c in grid}
-    for left, right in pairwise(grid):
-        text = ""
-        if logs[left] != 0 and logs[right] == 0:
-            text = f"The states of {a} and {b} are equal at {count(right)} bytes of context."
-        elif logs[left] * logs[right] < 0:
-            at = crossing_between(left, right, logs[left], logs[right])
-            text = (
-                f"The states of {a} and {b} are equal at about {count(at)} bytes of context (interpolated between "
-                f"{count(left)} and {count(right)}); at {count(right)} bytes {a if logs[right] < 0 else b} keeps less."
-            )
-        if text:
-            return Claim(text, evidence, "state per stream", "measured", "memory")
-    last = grid[-1]
-    ratio = one[last][0] / two[last][0]
-    relation = "as much as" if ratio == 1 else f"{number(ratio)} times the bytes of"
-    text = (
-        f"The states of {a} and {b} do not cross between {count(grid[0])} and {count(last)} bytes of context: "
-        f"at {count(last)} bytes {a} keeps {relation} {b}."
-    )
-    return Claim(text, evidence, "state per stream", "measured", "memory")
-
-
-def crossing_between(left: int, right: int, log_left: float, log_right: float) -> float:
-    """Context at which the log ratio is 0, on a straight line in log context."""
-    share = log_left / (log_left - log_right)
-    return math.exp(math.log(left) + share * (math.log(right) - math.log(left)))
+def _crossing(facts: Facts, c: StateCrossover) -> Claim:
+    """T* of two states, and who keeps less past it; a formula that the census contradicts says nothing."""
+    assert c.found is not None  # _memory asks for these only
+    names = {"first": facts.label(c.first), "second": facts.label(c.second), "": "neither"}
+    states = f"The states of {names['first']} and {names['second']}"
+    less = f"{names[c.found.lower]} keeps less"
+    kind: Kind = "measured"
+    if c.contradicted:
+        text, kind = f"Where {states[0].lower()}{states[1:]} are equal is not decided: {c.remark}.", "not decided"
+    elif not c.found.at:
+        text = f"{states} are nowhere equal up to {count(c.found.reach)} bytes of context: {less} ({c.remark})."
+    else:
+        kind = "not decided" if c.found.kind == "extrapolated" else "measured"
+        text = f"{states} are equal at {c.text.replace(' (', ' bytes of context (', 1)}; beyond it {less} ({c.remark})."
+    return Claim(text, c.cells, "state per stream", kind, "memory")
 
 
 def _latency(facts: Facts) -> Iterator[Claim]:

@@ -10,12 +10,13 @@ Everything comes from the worker's notes on a cell and from the manifest.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bdh_bench.results.contenders import Facts
 from bdh_bench.results.display import GAP, count, number, quantity
+from bdh_bench.results.state_crossover import StateCrossover, state_crossovers
 from bdh_bench.results.store import CellOutcome
 from bdh_bench.results.tables import Entry, Table, finite
 from bdh_bench.types import Scalar
@@ -45,11 +46,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Card:
-    """The card of a run: model → row name → value (None: missing). ``shared`` holds for every model."""
+    """The card of a run: model → row name → value (None: missing). ``shared`` holds for every model, ``crossovers`` for two."""
 
     axis: str
     values: Mapping[str, Mapping[str, Scalar]]
     shared: Mapping[str, Scalar]
+    crossovers: tuple[StateCrossover, ...] = ()
 
     def unmatched(self, first: str, second: str) -> str:
         """Why these two may not be ranked on the declared axis; nothing where they may."""
@@ -82,6 +84,7 @@ class Card:
             "match": self.axis,
             "shared": dict(self.shared),
             "models": {model: dict(self.values.get(model, {})) for model in chosen},
+            "state_crossovers": [c.as_json() for c in self.crossovers if {c.first, c.second} <= set(chosen)],
         }
 
 
@@ -103,7 +106,7 @@ def card_of(facts: Facts) -> Card:
     for model in facts.contenders:
         cell = _best_cell(facts, model)
         values[model] = {row.name: row.read(cell) if cell else None for row in rows_of(facts.train_context)}
-    return Card(str(spec.get("match", DEFAULT_AXIS)), values, shared)
+    return Card(str(spec.get("match", DEFAULT_AXIS)), values, shared, state_crossovers(facts))
 
 
 def _best_cell(facts: Facts, model: str) -> CellOutcome | None:
@@ -217,6 +220,7 @@ def fairness_table(card: Card, facts: Facts) -> Table:
         )
         for row in rows_of(facts.train_context)
     )
+    body = (*body, *_crossover_rows(card, facts, names))
     pairs = [(a, b, card.unmatched(a, b)) for a, b in facts.pairs()]
     unranked = [f"{facts.label(a)} and {facts.label(b)} are unranked: {why}" for a, b, why in pairs if why]
     shared = ", ".join(
@@ -227,6 +231,14 @@ def fairness_table(card: Card, facts: Facts) -> Table:
     return Table(
         "table-fairness", "Fairness card", meaning, ("fact", *(facts.label(name) for name in names)), body, note
     )
+
+
+def _crossover_rows(card: Card, facts: Facts, names: Sequence[str]) -> Iterator[tuple[Entry, ...]]:
+    """A row per model that others are set against: the context from which on it, or they, keep less."""
+    for first in dict.fromkeys(c.first for c in card.crossovers):
+        against = {c.second: c for c in card.crossovers if c.first == first}
+        cells = (Entry(against[name].text, against[name].remark) if name in against else Entry(GAP) for name in names)
+        yield (Entry(f"T*: state as large as that of {facts.label(first)}"), *cells)
 
 
 def _shown(value: Scalar, unit: str) -> Entry:

@@ -75,7 +75,7 @@ def derived_records(run: Run) -> Iterator[Record]:
 
 def stream_of(run: Run, cell: CellOutcome) -> Stream | None:
     """The stored bits of a cell's final attempt; None where there are none that can be read."""
-    arrays = _arrays(run.path / "cells" / cell.key[:16] / str(cell.attempt) / "stream.npz")
+    arrays = _arrays(run.path / "cells" / cell.files / "stream.npz")
     if not {"documents", "train_context", "metric_id"} <= arrays.keys():
         return None
     names = [str(name) for name in arrays["documents"]]

@@ -3,11 +3,12 @@
     runs/<run_id>/run.json                       manifest: request, cells, corpus, environment; written once, atomically
     runs/<run_id>/texts.npz                      what depends on the texts alone: classes of every scored byte; written once
     runs/<run_id>/events/<writer>.jsonl          append-only; one writer per file; one event = one line = one write + fsync
-    runs/<run_id>/cells/<cell>/<attempt>/        log and arrays of one attempt; created exclusively
-    runs/<run_id>/leases/<cell>                  who is working on a cell
+    runs/<run_id>/cells/<cell>/<round>-<attempt>/   log and arrays of one attempt; created exclusively
+    runs/<run_id>/leases/<cell>-<round>          who is working on a round of a cell
 
-A line holds ``v`` (schema version), ``crc`` (crc32 of the canonical body) and ``body``. The reader merges all shards, tolerates
-a torn last line, skips other damaged lines and reports them. Event types: started, result, failed.
+A *round* is one fresh process that measures a cell once; a row is (cell, round, attempt). A line holds ``v`` (schema version),
+``crc`` (crc32 of the canonical body) and ``body``. The reader merges all shards, tolerates a torn last line, skips other damaged
+lines and reports them; what the version before wrote it reads through ``migrations``. Event types: started, result, failed.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bdh_bench.errors import SpecError, StoreError, UnknownRunError
+from bdh_bench.results.migrations import SCHEMA_VERSION, Unreadable, current_event, current_manifest
 from bdh_bench.types import MEASURED_STATUSES, RESULT_STATUSES, UNFINISHED_STATUSES, Measurement, Record
 
-SCHEMA_VERSION = 1
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{i}" for p in ("com", "lpt") for i in range(1, 10))}
 _LARGEST_JSON_BYTES = 64 * 2**20
+_EVENT_TYPES = frozenset({"started", "result", "failed"})
+_EVENT_FIELDS = frozenset(
+    {"type", "time", "cell", "round", "attempt", "status", "reason", "facts", "log", "files", "measurements"}
+)
+_FILES = re.compile(r"[A-Za-z0-9]{1,16}/[0-9]{1,9}(-[0-9]{1,9})?\Z")
+_MEASURED = frozenset(field.name for field in fields(Measurement))
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -154,19 +161,55 @@ def measurement_body(measurement: Measurement) -> dict[str, Any]:
     return kept
 
 
-def attempt_folder(run_folder: Path, cell: str, attempt: int) -> Path:
-    """The folder of one attempt at one cell."""
-    return run_folder / "cells" / cell[:16] / str(attempt)
+def attempt_folder(run_folder: Path, cell: str, round_: int, attempt: int) -> Path:
+    """The folder of one attempt at one round of a cell."""
+    return run_folder / "cells" / cell[:16] / f"{round_}-{attempt}"
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
+def kind_of(status: str) -> str:
+    """ok (measured, perhaps marked), skipped (a result without a value), failed, or pending."""
+    if status in MEASURED_STATUSES:
+        return "ok"
+    if status in RESULT_STATUSES:
+        return "skipped"
+    if status in UNFINISHED_STATUSES or status == "planned":
+        return "pending"
+    return "failed"
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What became of one round of a cell: its newest final attempt, or "planned" / "interrupted" where there is none.
+
+    ``attempts`` counts starts; ``files`` is the attempt's folder below ``cells/``, or ""; ``more`` has what was stored with it and
+    is not known here.
+    """
+
+    round: int
+    status: str
+    reason: str
+    attempt: int
+    attempts: int
+    facts: Mapping[str, Any]
+    log: str = ""
+    files: str = ""
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """As ``kind_of`` its status."""
+        return kind_of(self.status)
+
+
 @dataclass(frozen=True)
 class CellOutcome:
-    """What became of one planned cell: the newest final attempt, or "planned" / "interrupted" where there is none.
+    """What became of one planned cell: of all its rounds the one that decides, and the rounds.
 
-    ``facts`` are the worker's notes on the cell (parameters, kernels, training, environment); ``attempts`` counts starts.
+    A cell failed if one of its rounds did; it is pending while a round is missing that could still change that. Status, reason,
+    attempt, facts (the worker's notes: parameters, kernels, training, environment) and log are those of the round that decides.
     ``model_kind`` is what the model's file says it is (transformer, recurrent, control, yardstick), or "".
     """
 
@@ -185,17 +228,23 @@ class CellOutcome:
     facts: Mapping[str, Any]
     log: str = ""
     model_kind: str = ""
+    rounds: tuple[RoundOutcome, ...] = ()
+    files: str = ""
 
     @property
     def kind(self) -> str:
-        """ok (measured, perhaps marked), skipped (a result without a value), failed, or pending."""
-        if self.status in MEASURED_STATUSES:
-            return "ok"
-        if self.status in RESULT_STATUSES:
-            return "skipped"
-        if self.status in UNFINISHED_STATUSES or self.status == "planned":
-            return "pending"
-        return "failed"
+        """As ``kind_of`` its status."""
+        return kind_of(self.status)
+
+
+def wanted_rounds(rounds: Sequence[RoundOutcome]) -> list[RoundOutcome]:
+    """The rounds that are still to be measured: the pending ones, but none once a round ended without a value.
+
+    What crashed, timed out, had no memory or is not supported would do so again, and no number of further rounds makes it measured.
+    """
+    if any(one.kind in ("failed", "skipped") for one in rounds):
+        return []
+    return [one for one in rounds if one.kind == "pending"]
 
 
 @dataclass(frozen=True)
@@ -211,7 +260,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Every planned cell has a final row."""
+        """Every planned cell has its final rows."""
         return all(cell.kind != "pending" for cell in self.cells)
 
 
@@ -262,11 +311,11 @@ def open_run(path: str | Path) -> Run:
     if not (folder / "run.json").is_file():
         raise UnknownRunError(f"no run at {folder} · expected a folder with run.json", "see 'bdh-bench list runs'")
     manifest = _read_json(folder / "run.json")
-    if manifest.get("v") != SCHEMA_VERSION:
-        raise StoreError(
-            f"{folder} has schema version {manifest.get('v')} · this bdh-bench reads {SCHEMA_VERSION}",
-            "upgrade bdh-bench",
-        )
+    try:
+        manifest = current_manifest(manifest)
+    except Unreadable as error:
+        newer = "upgrade bdh-bench, or read it with the one that wrote it"
+        raise StoreError(f"got {error} in {folder} · expected one that is", newer) from error
     problems: list[str] = []
     by_cell: dict[str, list[dict[str, Any]]] = {}
     for shard in sorted((folder / "events").glob("*.jsonl")):
@@ -275,9 +324,10 @@ def open_run(path: str | Path) -> Run:
     cells: list[CellOutcome] = []
     records: list[Record] = []
     for planned in manifest.get("cells", []):
-        outcome, event = _outcome(planned, by_cell.get(planned["key"], []), problems)
+        outcome, events = _outcome(planned, by_cell.get(planned["key"], []), problems)
         cells.append(outcome)
-        records.extend(_records(folder.name, outcome, event))
+        for one in outcome.rounds:
+            records.extend(_records(folder.name, outcome, one, events.get(one.round, {})))
     return Run(folder.name, folder, manifest, tuple(cells), tuple(records), tuple(problems))
 
 
@@ -302,36 +352,46 @@ def _sound_body(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
         body = event["body"]
-        if event["v"] != SCHEMA_VERSION or zlib.crc32(canonical(body).encode()) != event["crc"]:
+        if zlib.crc32(canonical(body).encode()) != event["crc"]:
             return None
-    except (ValueError, KeyError, TypeError):
+        return _checked(current_event(event["v"], body))
+    except (ValueError, KeyError, TypeError, RecursionError, Unreadable):
         return None
-    return body if isinstance(body, dict) else None
+
+
+def _checked(body: dict[str, Any]) -> dict[str, Any]:
+    """The event with its fields as they must be. Raises ValueError, KeyError or TypeError; what is not known is kept."""
+    if body["type"] not in _EVENT_TYPES or not isinstance(body["cell"], str):
+        raise ValueError(f"event {body['type']!r}")
+    for name in ("round", "attempt"):
+        if type(body[name]) is not int or body[name] < 1:
+            raise ValueError(f"{name} {body[name]!r}")
+    if body["type"] != "started" and not isinstance(body["status"], str):
+        raise TypeError(f"status {body['status']!r}")
+    if not isinstance(body.get("facts", {}), dict):
+        raise TypeError("facts")
+    for raw in body.get("measurements", []):
+        _measurement(raw)
+    return body
+
+
+def _measurement(raw: Mapping[str, Any]) -> Measurement:
+    """A stored measurement; fields that a later version added are left aside."""
+    return Measurement(**{name: value for name, value in raw.items() if name in _MEASURED})
 
 
 def _outcome(
     planned: Mapping[str, Any], events: list[dict[str, Any]], problems: list[str]
-) -> tuple[CellOutcome, dict[str, Any]]:
-    started = {int(e["attempt"]) for e in events if e["type"] == "started"}
-    final: dict[int, dict[str, Any]] = {}
-    for event in (e for e in events if e["type"] in ("result", "failed")):
-        attempt = int(event["attempt"])
-        if attempt in final:
-            if final[attempt] != event:
-                problems.append(f"cell {planned['key'][:12]} attempt {attempt} has two final rows; the first is kept")
-            continue
-        final[attempt] = event
-    lasting = [n for n, e in final.items() if e["status"] not in UNFINISHED_STATUSES]
-    if lasting:
-        event = final[max(lasting)]
-    elif final or started:
-        event = {
-            "status": "interrupted",
-            "reason": "stopped before it was finished",
-            "attempt": max({*final, *started}),
-        }
-    else:
-        event = {"status": "planned", "reason": "", "attempt": 0}
+) -> tuple[CellOutcome, dict[int, dict[str, Any]]]:
+    """What became of the cell, and the event behind each of its rounds."""
+    wanted = max([int(planned.get("rounds", 1)), *(e["round"] for e in events)])
+    by_round: dict[int, list[dict[str, Any]]] = {number: [] for number in range(1, wanted + 1)}
+    for event in events:
+        by_round[event["round"]].append(event)
+    found = [_round(str(planned["key"]), number, own, problems) for number, own in by_round.items()]
+    rounds = tuple(one for one, _ in found)
+    decides = _deciding(rounds)
+    several = f"round {decides.round} of {wanted}: " if wanted > 1 and decides.kind == "failed" else ""
     outcome = CellOutcome(
         key=planned["key"],
         model=planned["model"],
@@ -341,37 +401,101 @@ def _outcome(
         seed=planned["seed"],
         context=planned.get("context"),
         metric=planned.get("metric", ""),
+        status=decides.status,
+        reason=several + decides.reason,
+        attempt=decides.attempt,
+        attempts=sum(one.attempts for one in rounds),
+        facts=decides.facts,
+        log=decides.log,
+        model_kind=str(planned.get("kind", "")),
+        rounds=rounds,
+        files=decides.files,
+    )
+    return outcome, {one.round: event for one, event in found}
+
+
+def _deciding(rounds: Sequence[RoundOutcome]) -> RoundOutcome:
+    """The round that says what the cell is: a failed one, else a missing one, else a measured one (marked before ok), else any."""
+    missing = wanted_rounds(rounds)
+    for choice in (
+        [one for one in rounds if one.kind == "failed"],
+        missing,
+        [one for one in rounds if one.kind == "ok" and one.status != "ok"],
+        [one for one in rounds if one.kind == "ok"],
+        [one for one in rounds if one.kind == "skipped"],
+    ):
+        if choice:
+            return choice[0]
+    return rounds[0]
+
+
+def _round(
+    key: str, number: int, events: list[dict[str, Any]], problems: list[str]
+) -> tuple[RoundOutcome, dict[str, Any]]:
+    started = {e["attempt"] for e in events if e["type"] == "started"}
+    final: dict[int, dict[str, Any]] = {}
+    for event in (e for e in events if e["type"] != "started"):
+        attempt = event["attempt"]
+        if attempt in final:
+            if final[attempt] != event:
+                where = f"cell {key[:12]} round {number} attempt {attempt}"
+                problems.append(f"{where} has two final rows; the first is kept")
+            continue
+        final[attempt] = event
+    lasting = [n for n, e in final.items() if e["status"] not in UNFINISHED_STATUSES]
+    if lasting:
+        event = final[max(lasting)]
+    elif final or started:
+        newest = max({*final, *started})
+        known = final.get(newest, {})
+        event = {
+            "status": known.get("status", "interrupted"),
+            "reason": known.get("reason", "stopped before it was finished"),
+            "attempt": newest,
+        }
+    else:
+        event = {"status": "planned", "reason": "", "attempt": 0}
+    attempt = event["attempt"]
+    outcome = RoundOutcome(
+        round=number,
         status=event["status"],
         reason=event.get("reason", ""),
-        attempt=event["attempt"],
+        attempt=attempt,
         attempts=len({*started, *final}),
         facts=event.get("facts", {}),
         log=event.get("log", ""),
-        model_kind=str(planned.get("kind", "")),
+        files=_files(event, f"{key[:16]}/{number}-{attempt}") if attempt else "",
+        more={name: value for name, value in event.items() if name not in _EVENT_FIELDS},
     )
     return outcome, event
 
 
-def _records(run: str, cell: CellOutcome, event: Mapping[str, Any]) -> Iterator[Record]:
-    if cell.kind == "pending":
+def _files(event: Mapping[str, Any], usual: str) -> str:
+    """Where the event says that its files are, if that is a folder below ``cells/`` (what a store says is not trusted)."""
+    said = str(event.get("files", ""))
+    return said if _FILES.match(said) else usual
+
+
+def _records(run: str, cell: CellOutcome, one: RoundOutcome, event: Mapping[str, Any]) -> Iterator[Record]:
+    if one.kind == "pending":
         return
     measurements = event.get("measurements", [])
-    if not measurements:  # a cell without values is still a row, with its reason
+    if not measurements:  # a round without values is still a row, with its reason
         measurements = [
             {
                 "metric": cell.metric,
                 "value": None,
                 "context": cell.context or 0,
-                "status": cell.status,
-                "reason": cell.reason,
+                "status": one.status,
+                "reason": one.reason,
             }
         ]
     for raw in measurements:
-        m = Measurement(**raw)
+        m = _measurement(raw)
         yield Record(
             run=run,
             cell=cell.key,
-            attempt=cell.attempt,
+            attempt=one.attempt,
             model=cell.model,
             family=cell.family,
             size=cell.size,
@@ -386,8 +510,9 @@ def _records(run: str, cell: CellOutcome, event: Mapping[str, Any]) -> Iterator[
             sample=m.sample,
             weight=m.weight,
             repeat=m.repeat,
-            status=m.status if m.status != "ok" or m.value is not None else cell.status,
+            status=m.status if m.status != "ok" or m.value is not None else one.status,
             reason=m.reason,
-            weights=str(cell.facts.get("weights", "")),
-            facts=cell.facts,
+            weights=str(one.facts.get("weights", "")),
+            facts=one.facts,
+            round=one.round,
         )

@@ -105,7 +105,7 @@ def reduction_of(metric: str, records: Sequence[Record]) -> str:
 
 def samples_of(records: Iterable[Record]) -> dict[str, tuple[float, float]]:
     """sample → (value, weight), for the records that have a value."""
-    rows = ((r.sample or str(r.repeat), finite(r.value), finite(r.weight)) for r in records)
+    rows = ((r.sample or f"{r.round}/{r.repeat}", finite(r.value), finite(r.weight)) for r in records)
     return statistics.merge_samples((s, float(v), float(w)) for s, v, w in rows if v is not None and w is not None)
 
 
@@ -291,7 +291,7 @@ def best_points(points: Sequence[Point]) -> list[Point]:
 
 
 #: Metrics that are shown first in every task, beside each task's own headline metric.
-_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s")
+_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s", "state_restore_s", "state_fork_s")
 
 
 def headlines_of(run: Run) -> set[tuple[str, str]]:

@@ -47,13 +47,13 @@ import torch
 from torch import Tensor
 
 from bdh_bench.errors import LawError, PositionLimitError
+from bdh_bench.folders import cache_folder
 from bdh_bench.loading import load_model
 from bdh_bench.measure.clock import now_s
 from bdh_bench.results.store import canonical
 from bdh_bench.session import fingerprint
 from bdh_bench.sources import source_digest
 from bdh_bench.tasks._scoring import score_after, score_document
-from bdh_bench.training.checkpoints import cache_folder
 
 LENGTHS = {"smoke": (65,), "standard": (65, 777), "full": (65, 777, 2049)}
 TOLERANCE = 1e-4

@@ -1,4 +1,4 @@
-"""Who is working on this cell? A file created exclusively; stale at once where its process is gone on the same boot."""
+"""Who is working on this round of a cell? A file created exclusively; stale at once where its process is gone on the same boot."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def boot_id() -> str:
 
 
 @contextlib.contextmanager
-def lease(run_folder: Path, cell: str) -> Iterator[None]:
-    """Hold the cell while the block runs. Raises StoreError where a live process holds it."""
-    path = run_folder / "leases" / cell[:16]
+def lease(run_folder: Path, cell: str, round_: int) -> Iterator[None]:
+    """Hold the round while the block runs. Raises StoreError where a live process holds it."""
+    path = run_folder / "leases" / f"{cell[:16]}-{round_}"
     text = json.dumps({"pid": os.getpid(), "boot": boot_id()})
     try:
         _create(path, text)

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from bdh_bench.errors import StoreError
 from bdh_bench.measure.clock import now_s
-from bdh_bench.results.store import EventWriter, attempt_folder, open_run
+from bdh_bench.results.store import CellOutcome, EventWriter, attempt_folder, open_run, wanted_rounds
 from bdh_bench.runner.leases import lease
 from bdh_bench.spec import RunSpec
 from bdh_bench.types import Cell
@@ -33,31 +33,35 @@ Report = Callable[[Cell, dict[str, Any]], None]
 def run_cells(
     folder: Path,
     spec: RunSpec,
-    cells: Iterable[tuple[Cell, tuple[int, ...]]],
+    rounds: Iterable[tuple[Cell, int, tuple[int, ...]]],
     report: Report,
     timeout_s: float,
 ) -> None:
-    """Run each (cell, contexts) that has no final row yet. KeyboardInterrupt passes through, the store consistent."""
-    for cell, contexts in cells:
-        with lease(folder, cell.key):
-            outcome = next(c for c in open_run(folder).cells if c.key == cell.key)
-            if outcome.kind == "pending":
-                _run_cell(folder, spec, cell, contexts, report, timeout_s)
+    """Run each (cell, round, contexts) that is still wanted. KeyboardInterrupt passes through, the store consistent."""
+    for cell, number, contexts in rounds:
+        with lease(folder, cell.key, number):
+            if any(one.round == number for one in wanted_rounds(_outcome(folder, cell).rounds)):
+                _run_round(folder, spec, cell, number, contexts, report, timeout_s)
 
 
-def _run_cell(
-    folder: Path, spec: RunSpec, cell: Cell, contexts: tuple[int, ...], report: Report, timeout_s: float
+def _outcome(folder: Path, cell: Cell) -> CellOutcome:
+    return next(c for c in open_run(folder).cells if c.key == cell.key)
+
+
+def _run_round(
+    folder: Path, spec: RunSpec, cell: Cell, number: int, contexts: tuple[int, ...], report: Report, timeout_s: float
 ) -> None:
-    attempt = _claim_attempt(folder, cell.key)
-    files = attempt_folder(folder, cell.key, attempt)
+    attempt = _claim_attempt(folder, cell.key, number)
+    files = attempt_folder(folder, cell.key, number, attempt)
     request = {
         "run_folder": str(folder.resolve()),
         "spec": spec.as_json(),
         "cell": asdict(cell),
         "contexts": contexts,
+        "round": number,
         "attempt": attempt,
     }
-    report(cell, {"phase": "start"})
+    report(cell, {"phase": "start", "round": number})
     with (files / "log.txt").open("wb") as log:
         worker = subprocess.Popen(
             [sys.executable, "-m", "bdh_bench.runner.worker"],
@@ -86,17 +90,18 @@ def _run_cell(
         code = worker.wait()
         worker.stdin.close()
         worker.stdout.close()
-    _settle(folder, cell, attempt, code, timed_out, timeout_s, files / "log.txt")
-    outcome = next(c for c in open_run(folder).cells if c.key == cell.key)
-    report(cell, {"phase": "done", "status": outcome.status, "reason": outcome.reason, "facts": dict(outcome.facts)})
+    _settle(folder, cell, number, attempt, code, timed_out, timeout_s, files / "log.txt")
+    done = _outcome(folder, cell).rounds[number - 1]
+    about = {"status": done.status, "reason": done.reason, "facts": dict(done.facts)}
+    report(cell, {"phase": "done", "round": number, **about})
 
 
-def _claim_attempt(folder: Path, key: str) -> int:
+def _claim_attempt(folder: Path, key: str, number: int) -> int:
     """The first attempt number whose folder could be created exclusively."""
     attempt = 1
     while True:
         try:
-            attempt_folder(folder, key, attempt).mkdir(parents=True)
+            attempt_folder(folder, key, number, attempt).mkdir(parents=True)
         except FileExistsError:
             attempt += 1
         except OSError as error:
@@ -155,10 +160,12 @@ def _end(worker: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _settle(folder: Path, cell: Cell, attempt: int, code: int, timed_out: bool, timeout_s: float, log: Path) -> None:
+def _settle(
+    folder: Path, cell: Cell, number: int, attempt: int, code: int, timed_out: bool, timeout_s: float, log: Path
+) -> None:
     """Write the row of a worker that died without one."""
-    outcome = next(c for c in open_run(folder).cells if c.key == cell.key)
-    if outcome.attempt == attempt and outcome.kind != "pending":
+    known = _outcome(folder, cell).rounds[number - 1]
+    if known.attempt == attempt and known.kind != "pending":
         return
     if timed_out:
         status, reason = "timeout", f"no result after {timeout_s:g} s"
@@ -169,6 +176,7 @@ def _settle(folder: Path, cell: Cell, attempt: int, code: int, timed_out: bool, 
     else:
         status, reason = "error", f"the process ended with exit status {code} and no result"
     tail = log.read_bytes()[-_LOG_TAIL:].decode("utf-8", "replace")
-    writer = EventWriter(folder, f"{cell.key[:16]}-{attempt}-parent")
-    writer.write("failed", cell=cell.key, attempt=attempt, status=status, reason=reason, log=tail)
+    writer = EventWriter(folder, f"{cell.key[:16]}-{number}-{attempt}-parent")
+    who = {"cell": cell.key, "round": number, "attempt": attempt}
+    writer.write("failed", **who, status=status, reason=reason, log=tail)
     writer.close()

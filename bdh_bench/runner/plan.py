@@ -1,12 +1,14 @@
 """Which cells does a request stand for, and what text do they read? Decided before anything heavy is loaded.
 
 A cell is model × task × seed, and × context where the task says so. Its key covers everything that could change its numbers: the
-request, the text, and the source of the model, the task and whatever they import.
+request, the text, and the source of the model, the task and whatever they import. How often it is measured is not in it: a task
+declares ``rounds`` in its DEFAULTS, and one that repeats in rounds follows ``--rounds``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,6 +48,22 @@ class Plan:
     labels: tuple[str, ...]
     texts: Texts | None = None
 
+    @property
+    def rounds(self) -> tuple[tuple[Cell, int], ...]:
+        """Every (cell, round) in the order in which they are measured.
+
+        What is measured once comes first, as planned. Then round 1 of all cells that repeat, in an order drawn for this round, then
+        round 2, …: what changes on the machine while it measures meets every model alike.
+        """
+        once = [(cell, 1) for cell in self.cells if cell.rounds == 1]
+        repeated = [cell for cell in self.cells if cell.rounds > 1]
+        drawn: list[tuple[Cell, int]] = []
+        for number in range(1, max((cell.rounds for cell in repeated), default=0) + 1):
+            own = [cell for cell in repeated if number <= cell.rounds]
+            random.Random(f"round {number} of seed {self.spec.seeds[0]}").shuffle(own)
+            drawn += [(cell, number) for cell in own]
+        return (*once, *drawn)
+
     def manifest(self, run_id: str, created: str, environment: dict[str, Any]) -> dict[str, Any]:
         """The content of run.json."""
         return {
@@ -78,6 +96,7 @@ def cell_json(cell: Cell) -> dict[str, Any]:
         "task": cell.task,
         "seed": cell.seed,
         "context": cell.context,
+        "rounds": cell.rounds,
         "metric": registry.find("tasks", task.family).defaults.get("metric", ""),
     }
 
@@ -101,6 +120,7 @@ def command_line(spec: RunSpec) -> str:
         ("--documents", "documents"),
         ("--state", "state_protocol"),
         ("--split-documents", "split_documents"),
+        ("--rounds", "rounds"),
     ):
         if getattr(spec, name) != getattr(plain, name):
             parts += [flag, str(getattr(spec, name))]
@@ -134,6 +154,11 @@ def make_plan(spec: RunSpec) -> Plan:
     if spec.gate not in GATES:
         raise UnknownNameError("gate", spec.gate, GATES)
     check_training(spec, models)
+    if spec.rounds and not any(_repeats(t) for t in tasks):
+        names = ", ".join(map(str, tasks))
+        raise SpecError(
+            f"got --rounds {spec.rounds} for {names} · expected a task that repeats in rounds", "leave it out"
+        )
     outside = {str(t): _outside(t) for t in tasks}
     reading = [t for t in tasks if _facts(t).get("reads")]
     corpus = (
@@ -155,6 +180,20 @@ def make_plan(spec: RunSpec) -> Plan:
 
 def _facts(task: ModelSpec) -> dict[str, Any]:
     return dict(registry.find("tasks", task.family).defaults)
+
+
+def _repeats(task: ModelSpec) -> bool:
+    """Whether the task is measured in rounds."""
+    return _declared_rounds(task) > 1
+
+
+def _declared_rounds(task: ModelSpec) -> int:
+    declared = _facts(task).get("rounds", 1)
+    if type(declared) is not int or declared < 1:
+        raise SpecError(
+            f"got rounds {declared!r} in the DEFAULTS of task {task.family} · expected a whole number from 1"
+        )
+    return declared
 
 
 def _outside(task: ModelSpec) -> dict[str, Any]:
@@ -346,4 +385,5 @@ def _cell(
     if facts["outside"]:
         inputs |= {"outside": facts["outside"]}
     key = hashlib.sha256(canonical(inputs).encode()).hexdigest()
-    return Cell(key, str(model), str(task), seed, context)
+    rounds = (spec.rounds or (1 if spec.smoke else _declared_rounds(task))) if _repeats(task) else 1
+    return Cell(key, str(model), str(task), seed, context, rounds)

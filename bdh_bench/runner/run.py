@@ -12,6 +12,7 @@ from bdh_bench.measure.host import environment
 from bdh_bench.results.store import Run, check_run_id, create_run, list_runs, new_run_id, open_run
 from bdh_bench.runner.local import Report, run_cells
 from bdh_bench.runner.plan import Plan
+from bdh_bench.runner.selftest import outcome as selftest
 
 
 def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
@@ -37,7 +38,8 @@ def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
             raise SpecError(f"the code or the text has changed since run {run_id!r} was started", "start a new run")
         return folder
     created = datetime.now(UTC).isoformat(timespec="milliseconds")
-    manifest = plan.manifest(run_id, created, environment())
+    known = environment()
+    manifest = plan.manifest(run_id, created, {**known, "selftest": selftest.last(known)})
     if plan.texts is not None and plan.corpus is not None:
         shares = plan.texts.overlap()
         rows = [
@@ -58,9 +60,9 @@ def _continues(folder: Path, plan: Plan) -> bool:
 
 
 def execute(plan: Plan, folder: Path, report: Report, timeout_s: float) -> Run:
-    """Run every cell without a final row and read the run back."""
-    cells = [(cell, plan.contexts[cell.task]) for cell in plan.cells]
-    run_cells(folder, plan.spec, cells, report, timeout_s)
+    """Run every round without a final row and read the run back."""
+    rounds = [(cell, number, plan.contexts[cell.task]) for cell, number in plan.rounds]
+    run_cells(folder, plan.spec, rounds, report, timeout_s)
     return open_run(folder)
 
 

@@ -1,4 +1,4 @@
-"""One cell in a process of its own: build the model, train it if the task wants that, run the task, write what came out.
+"""One round of a cell in a process of its own: build the model, train it if the task wants that, run the task, write what came out.
 
 The request comes as one JSON line on stdin; progress goes out as JSON lines on stdout; the result goes into this worker's own shard
 of the store, as one event. When the parent's end of stdin closes, the worker ends: no orphan goes on measuring.
@@ -22,6 +22,7 @@ from bdh_bench.data.corpus import Corpus, open_corpus
 from bdh_bench.errors import BenchError, LawError, PositionLimitError
 from bdh_bench.measure.clock import now_s
 from bdh_bench.results.store import EventWriter, attempt_folder, measurement_body
+from bdh_bench.runner.state_curve import knots
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
 from bdh_bench.types import MEASURED_STATUSES, Arrays, Cell, Measurement, Scalar, TaskContext
 
@@ -32,12 +33,12 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = Path(request["run_folder"])
     cell, spec = Cell(**request["cell"]), RunSpec.from_mapping(request["spec"])
-    attempt = int(request["attempt"])
-    writer = EventWriter(folder, f"{cell.key[:16]}-{attempt}")
-    writer.write("started", cell=cell.key, attempt=attempt)
-    files = attempt_folder(folder, cell.key, attempt)
+    who: dict[str, Any] = {"cell": cell.key, "round": int(request["round"]), "attempt": int(request["attempt"])}
+    writer = EventWriter(folder, f"{cell.key[:16]}-{who['round']}-{who['attempt']}")
+    writer.write("started", **who)
+    files = attempt_folder(folder, cell.key, who["round"], who["attempt"])
     outcome = _outcome(cell, spec, tuple(request["contexts"]), files)
-    writer.write("result", cell=cell.key, attempt=attempt, **outcome)
+    writer.write("result", **who, **outcome)
     writer.close()
     return 0
 
@@ -234,6 +235,7 @@ def _model_facts(model: Any, spec: ModelSpec, train_context: int) -> dict[str, A
         "non_embedding_parameters": model.parameter_count() - _embedding_parameters(model),
         "unrolled_parameters": unrolled(),
         "state_bytes": {str(k * train_context): _state_bytes(model, k * train_context) for k in (1, 4, 16)},
+        "state_curve": knots(lambda context: int(model.state_bytes(1, context)), model.max_positions),
         "flops_per_token": _flops_per_token(model, train_context),
         "vocab_size": model.vocab_size,
         "start_symbol": model.start_symbol,

@@ -4,7 +4,7 @@ Protocol: a stream reads ``context`` random tokens in pieces (prefill), repeated
 each on a fork of the prefilled stream, argmax included. Raw windows are stored; medians are taken when results are read. One
 untimed prefill and one untimed window come first.
 
-Caveats: this is one process (one round) on one machine; a comparison of models needs several interleaved rounds. ``tpot_s`` is the
+Caveats: one process (a round) says little of a machine; five rounds, interleaved over the models, are the default. ``tpot_s`` is the
 mean step of a window; forks are made outside the timed part. A model that decodes sparsely says so (axis ``path``), with the share
 of rows it touched beside it; on random weights, half of whose keys are active, sparse decoding is not timed unless ``force=1``.
 """
@@ -30,6 +30,7 @@ DEFAULTS = {
     "trains": False,
     "reads": False,
     "context_factors": (1, 4, 16),
+    "rounds": 5,
 }
 
 

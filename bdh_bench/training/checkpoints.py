@@ -21,17 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bdh_bench.errors import CheckpointError, StoreError
-
-
-def cache_folder() -> Path:
-    """``BDH_BENCH_CACHE``, else the user's cache folder."""
-    if chosen := os.environ.get("BDH_BENCH_CACHE"):
-        return Path(chosen)
-    try:
-        from platformdirs import user_cache_path
-    except ModuleNotFoundError:  # bare GPU images
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bdh-bench"
-    return user_cache_path("bdh-bench")
+from bdh_bench.folders import cache_folder
 
 
 class Checkpoint:

@@ -271,6 +271,7 @@ def cell_command(run: Run, cell: CellOutcome) -> str:
     ):
         if isinstance(spec.get(name), str | int):
             parts += [option, str(spec[name])]
+    parts += ["--rounds", str(len(cell.rounds))] if len(cell.rounds) > 1 else []
     return plain(shlex.join(parts + (["--smoke"] if spec.get("smoke") else [])))
 
 
@@ -296,7 +297,19 @@ def provenance_of(run: Run) -> list[tuple[str, str]]:
 
 
 def _environment(name: str, value: object) -> str:
+    if name == "selftest" and isinstance(value, Mapping):
+        return _selftest(value)
     return quantity(finite(value), "byte") if name.endswith("_bytes") else _text(value)
+
+
+def _selftest(kept: Mapping[str, Any]) -> str:
+    """What the harness proved before this run; by name whatever it did not recover."""
+    verdicts = _mapping(kept.get("verdicts"))
+    parts = [str(kept.get("result", GAP))]
+    parts += [f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict != "recovered"]
+    if "time" in kept:
+        parts.append(f"{kept['time']}, version {kept.get('version', GAP)}, of {kept.get('of', GAP)}")
+    return "; ".join(parts)
 
 
 def _text(value: object) -> str:
