@@ -151,7 +151,20 @@ def chips_of(figures: Sequence[Figure]) -> list[tuple[str, str]]:
 
 def point_data(points: Sequence[Point], names: Mapping[str, str]) -> dict[str, Any]:
     """The points as a table of texts: columns, the words that occur, and rows of numbers of words (or of rare texts)."""
-    columns = ("model", "task", "metric", "context", "batch size", "axes", "seed", "value", "95 %", "n", "status", "cell")
+    columns = (
+        "model",
+        "task",
+        "metric",
+        "context",
+        "batch size",
+        "axes",
+        "seed",
+        "value",
+        "95 %",
+        "n",
+        "status",
+        "cell",
+    )
     words: dict[str, int] = {}
     rows = []
     for point in points[:_MOST_POINTS]:
