@@ -237,13 +237,20 @@ def report(
     run: RunName = None,
     runs: Runs = Path("runs"),
     output: Annotated[Path | None, typer.Option("--output", help="The HTML file; beside the run without it.")] = None,
+    static: Annotated[bool, typer.Option("--static", help="A small page for archives, with pictures only.")] = False,
+    figures: Annotated[bool, typer.Option("--figures", help="Every figure as SVG, PDF and PNG too.")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
     json_: Json = False,
 ) -> None:
-    """Write one HTML file that opens from disk, with report.md and results.csv beside it."""
+    """Write one HTML file that opens from disk; report.md, summary.md, report.json and results.csv beside it."""
     from bdh_bench.results.report.write import write_report
 
     stored = _open(runs, run)
-    written = write_report(stored, output or stored.path / "report.html")
+    written = write_report(stored, output or stored.path / "report.html", static, figures)
+    if open_:
+        import webbrowser
+
+        webbrowser.open(Path(written["html"]).resolve().as_uri())
     if json_:
         _print_json("report", "ok", {name: str(path) for name, path in written.items()})
     else:

@@ -27,10 +27,16 @@ pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine: apt-get install chromium"),
     pytest.mark.skipif(sync_playwright is None, reason="Playwright is missing: pip install 'bdh-bench[dev]'"),
 ]
-_FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage"
-).split()
+_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(1)</script>\u202e=cmd()🐉"
 
 
@@ -94,7 +100,7 @@ def test_hiding_a_model_acts_on_all_figures_and_tables_and_is_in_the_address(rea
     page = reader.page
     before = [row for row in visible_rows(page, "#first") if row.startswith("bdh")]
     assert before
-    page.locator("#models button", has_text="bdh").click()
+    page.locator("#model-chips button", has_text="bdh").click()
     page.wait_for_function("location.hash.includes('m=')")
     shown = page.evaluate(
         "[...document.querySelectorAll('.live')].map(p => p.data.filter(t => t.meta === 'bdh').map(t => t.visible)).flat()"
@@ -122,7 +128,7 @@ def test_a_deep_link_restores_what_was_shown(chromium: Any, report: Path) -> Non
     assert page.input_value("#query") == "mamba"
     assert page.get_attribute("#x-scale", "aria-pressed") == "true"
     assert page.evaluate("document.querySelector('#figure-quality .live').layout.xaxis.type") == "linear"
-    pressed = page.locator("#models button[aria-pressed=true]").all_inner_texts()
+    pressed = page.locator("#model-chips button[aria-pressed=true]").all_inner_texts()
     assert [text.strip() for text in pressed] == ["mamba"]
     key = str(page.locator(".cells li").nth(3).get_attribute("id"))
     page.evaluate(f"location.hash = '{key}'")
@@ -263,7 +269,7 @@ def test_hostile_names_run_nothing(chromium: Any, tmp_path: Path) -> None:
     reader = Reader(chromium, Path(write_report(run, tmp_path / "report.html")["html"]))
     dialogs: list[Any] = []
     reader.page.on("dialog", lambda dialog: dialogs.append(dialog))
-    reader.page.locator("#models button").nth(1).click()
+    reader.page.locator("#model-chips button").nth(1).click()
     assert not dialogs
     assert reader.page.locator("img").count() == 0
     reader.close()

@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from synthetic_run import write_run
 
+from bdh_bench.results.escaping import markdown
 from bdh_bench.results.export import export
+from bdh_bench.results.figure import from_json
 from bdh_bench.results.report.page import content_of, render
 from bdh_bench.results.report.write import as_text, write_report
 from bdh_bench.results.terminal import renderable, show
@@ -60,10 +62,34 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     return folder, write_report(write_run(folder), folder / "out" / "report.html")
 
 
-def test_three_files_and_nothing_half_written(written: tuple[Path, dict[str, str]]) -> None:
+def test_five_files_and_nothing_half_written(written: tuple[Path, dict[str, str]]) -> None:
     folder, files = written
-    assert {path.name for path in (folder / "out").iterdir()} == {"report.html", "report.md", "results.csv"}
-    assert set(files) == {"html", "markdown", "csv"}
+    names = {"report.html", "report.md", "summary.md", "report.json", "results.csv"}
+    assert {path.name for path in (folder / "out").iterdir()} == names
+    assert {Path(path).name for path in files.values()} == names
+
+
+def test_the_json_beside_the_page_holds_its_points_and_figures(written: tuple[Path, dict[str, str]]) -> None:
+    held = json.loads(Path(written[1]["json"]).read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    rows = list(csv.DictReader(io.StringIO(Path(written[1]["csv"]).read_text(encoding="utf-8"))))
+    assert [str(point["value"]) for point in held["points"] if point["value"] is not None] == [
+        row["value"] for row in rows if row["value"]
+    ]
+    content = content_of(write_run(written[0] / "again"))
+    assert tuple(from_json(figure) for figure in held["figures"]) == content.figures
+    summary = Path(written[1]["summary"]).read_text(encoding="utf-8")
+    assert markdown(content.answer.paragraph.text) in summary
+
+
+def test_static_pages_are_small_and_pictures_are_files(tmp_path: Path) -> None:
+    files = write_report(write_run(tmp_path), tmp_path / "out", static=True, pictures=True)
+    assert Path(files["html"]).stat().st_size < 1_500_000
+    beginnings = {"svg": b"<?xml", "pdf": b"%PDF", "png": b"\x89PNG"}
+    made = {path.name: path.read_bytes() for path in Path(files["figures"]).iterdir()}
+    assert len(made) == 3 * len(content_of(write_run(tmp_path / "again")).figures)
+    assert all(content.startswith(beginnings[name.rpartition(".")[2]]) for name, content in made.items())
+    write_report(write_run(tmp_path / "more"), tmp_path / "out", static=True, pictures=True)
+    assert made == {path.name: path.read_bytes() for path in Path(files["figures"]).iterdir()}
 
 
 def test_plotly_is_inlined_once_and_the_rest_is_small(written: tuple[Path, dict[str, str]]) -> None:
@@ -135,7 +161,7 @@ def test_hostile_names_are_inert(tmp_path: Path, name: str) -> None:
     html = render(content_of(run))
     page = Page(html)
     assert not [tag for tag, _ in page.tags if tag == "img"]
-    assert len([tag for tag, _ in page.tags if tag == "script"]) == 2
+    assert len([tag for tag, _ in page.tags if tag == "script"]) == 4
     assert not [attrs for _, attrs in page.tags if any(key.startswith("on") for key in attrs)]
     for text in (html, as_text(content_of(run)), export(run, "latex"), export(run, "md")):
         assert "<img" not in text

@@ -58,7 +58,10 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """One line. Without ``legend`` it shares the entry of another line of its label (another seed); ``model`` is the short name to filter by."""
+    """One line. Without ``legend`` it shares the entry of another line of its label (another seed).
+
+    ``model`` is the short name by which a reader shows and hides it.
+    """
 
     key: str
     label: str

@@ -299,7 +299,7 @@
   function show() {
     if (state.theme) root.dataset.theme = state.theme;
     else delete root.dataset.theme;
-    all("#models button").forEach((chip) => chip.setAttribute("aria-pressed", String(state.models.has(chip.dataset.model))));
+    all("#model-chips button").forEach((chip) => chip.setAttribute("aria-pressed", String(state.models.has(chip.dataset.model))));
     document.getElementById("x-scale").setAttribute("aria-pressed", String(state.x === "linear"));
     document.getElementById("theme").value = state.theme;
     const search = document.getElementById("query");
@@ -320,7 +320,7 @@
   }
 
   document.getElementById("toolbar").hidden = false;
-  all("#models button").forEach((chip) => chip.addEventListener("click", () => toggle(chip.dataset.model)));
+  all("#model-chips button").forEach((chip) => chip.addEventListener("click", () => toggle(chip.dataset.model)));
   document.getElementById("x-scale").addEventListener("click", () => change({ x: state.x ? "" : "linear" }));
   document.getElementById("theme").addEventListener("change", (event) => change({ theme: event.target.value }));
   document.getElementById("query").addEventListener("input", (event) => change({ query: event.target.value }));

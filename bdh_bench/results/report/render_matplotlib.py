@@ -45,6 +45,25 @@ _SETTINGS = {
 }
 
 
+#: Formats for papers and slides.
+PICTURES = ("svg", "pdf", "png")
+
+
+def to_picture(figure: Figure, format_: str) -> bytes:
+    """The figure as a file of its own in one of PICTURES, black on white; the same figure gives the same bytes."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    dates = {"svg": ("Date",), "pdf": ("CreationDate", "ModDate")}.get(format_, ())
+    with mpl.rc_context({**_SETTINGS, "svg.hashsalt": figure.id, "pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        canvas = Canvas(figsize=(7.2, 4.4), layout="constrained")
+        _draw(canvas.subplots(), figure)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format=format_, dpi=200, metadata=dict.fromkeys(dates))
+    return buffer.getvalue()
+
+
 def to_svg(figure: Figure) -> str:
     """The figure as one ``<svg>`` element; every series, reference and mark carries its key as group id."""
     import matplotlib as mpl

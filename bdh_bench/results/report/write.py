@@ -1,25 +1,55 @@
-"""Where does a report go? An HTML file, the same in Markdown, and the points as CSV beside it, each written whole or not."""
+"""Where does a report go? An HTML file, and beside it Markdown, a summary to paste, JSON, CSV and, on request, pictures; each whole or not.
+
+report.html    the page; report.md the same as text
+summary.md     the answer and its table, for a pull request
+report.json    points, assessment and figure descriptions, for programs
+results.csv    the points
+figures/       every figure as SVG, PDF and PNG
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from bdh_bench.errors import StoreError
 from bdh_bench.results.claims import VERDICTS_MEAN
 from bdh_bench.results.escaping import markdown
 from bdh_bench.results.export import as_csv, markdown_table, point_as_json
-from bdh_bench.results.report.page import QUESTION, Content, content_of, failures_of, provenance_of, render
+from bdh_bench.results.figure import to_json
+from bdh_bench.results.report.page import (
+    QUESTION,
+    Content,
+    content_of,
+    failures_of,
+    first_table,
+    provenance_of,
+    render,
+)
+from bdh_bench.results.report.render_matplotlib import PICTURES, to_picture
 from bdh_bench.results.store import Run, write_atomically
 
 
-def write_report(run: Run, output: Path) -> dict[str, str]:
-    """Write the report of a run. ``output`` is the HTML file, or a folder for report.html; returns what was written."""
+def write_report(run: Run, output: Path, static: bool = False, pictures: bool = False) -> dict[str, str]:
+    """Write the report of a run; returns what was written where.
+
+    ``output`` is the HTML file, or a folder for report.html. ``static`` leaves the plotting library out of the page (the pictures
+    stay); ``pictures`` writes figures/ too. Raises StoreError.
+    """
     page = output if output.suffix.lower() in (".html", ".htm") else output / "report.html"
-    files = {"html": page, "markdown": page.with_suffix(".md"), "csv": page.with_name("results.csv")}
+    files = {
+        "html": page,
+        "markdown": page.with_suffix(".md"),
+        "summary": page.with_name("summary.md"),
+        "json": page.with_suffix(".json"),
+        "csv": page.with_name("results.csv"),
+    }
     content = content_of(run)
     texts = {
-        "html": render(content, _plotly_source()),
+        "html": render(content, None if static else _plotly_source()),
         "markdown": as_text(content),
+        "summary": as_summary(content),
+        "json": as_json(content),
         "csv": as_csv(point_as_json(point) for point in content.points),
     }
     try:
@@ -29,7 +59,43 @@ def write_report(run: Run, output: Path) -> dict[str, str]:
         raise StoreError(f"cannot create {page.parent}: {error.strerror or error}", hint) from error
     for name, path in files.items():
         write_atomically(path, texts[name])
-    return {name: str(path) for name, path in files.items()}
+    written = {name: str(path) for name, path in files.items()}
+    return written | ({"figures": str(_write_pictures(content, page.with_name("figures")))} if pictures else {})
+
+
+def _write_pictures(content: Content, folder: Path) -> Path:
+    try:
+        folder.mkdir(exist_ok=True)
+        for figure in content.figures:
+            for format_ in PICTURES:
+                (folder / f"{figure.id}.{format_}").write_bytes(to_picture(figure, format_))
+    except OSError as error:
+        raise StoreError(f"cannot write {folder}: {error.strerror or error}", "check space and permissions") from error
+    return folder
+
+
+def as_json(content: Content) -> str:
+    """Everything on the page as one JSON object: points, assessment, and the descriptions of the figures."""
+    value = {
+        "schema": "bdh-bench/report-file/1",
+        "run": content.run.id,
+        "labels": list(content.answer.assessment.labels),
+        "answer": content.answer.paragraph.text,
+        "points": [point_as_json(point) for point in content.points],
+        "assessment": content.answer.assessment.as_json(),
+        "figures": [to_json(figure) for figure in content.figures],
+    }
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def as_summary(content: Content) -> str:
+    """The answer, its first table and what stays open, as Markdown: short enough for a pull request."""
+    first = first_table(content.tables)
+    lines = [f"**{QUESTION}**", "", markdown(content.answer.paragraph.text), ""]
+    lines += [markdown_table(first)] if first else []
+    lines += [f"- {markdown(claim.text)}" for claim in content.answer.verdicts]
+    lines += ["", "Not decided:", ""] + [f"- {markdown(claim.text)}" for claim in content.answer.open]
+    return "\n".join([*lines, ""])
 
 
 def as_text(content: Content) -> str:
