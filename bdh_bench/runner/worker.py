@@ -202,6 +202,7 @@ def _results(
         progress=_say,
         state_protocol=spec.state_protocol,
         passed=lambda gate, error, bound: rows.append({"gate": gate, "kept": True, "error": error, "bound": bound}),
+        note=facts.__setitem__,
     )
     evaluated = now_s()
     yield from task.run(model, config, context)
