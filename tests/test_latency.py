@@ -18,6 +18,13 @@ from bdh_bench.measure.clock import Clocks
 from bdh_bench.models import toy
 from bdh_bench.models.bdh import Config as BdhConfig
 from bdh_bench.models.bdh import Model as Bdh
+from bdh_bench.results import claims
+from bdh_bench.results.reductions import between_tokens, derived_records
+from bdh_bench.results.store import Run
+from bdh_bench.results.tables import points_of
+from bdh_bench.runner.plan import make_plan
+from bdh_bench.runner.run import execute, prepare
+from bdh_bench.spec import RunSpec
 from bdh_bench.tasks import latency
 from bdh_bench.types import Arrays, Measurement, TaskContext
 
@@ -345,3 +352,82 @@ def test_a_model_of_this_package_is_eager(compiler: pytest.MonkeyPatch) -> None:
     assert not [found for named in runtime._reachable(model) if (found := runtime._artefact(named))]
     clock = FalseClock()
     assert _runtimes(_go(Timed(clock), clocks=clock.clocks()), "prefill_s", "tpot_s") == {"eager"}
+
+
+# -- through a whole run -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Both ways of decoding one and the same small BDH, two rounds of one and one of each."""
+    small = "n_embd=16:n_head=2:n_layer=2"
+    models = tuple(f"bdh:mlp_internal_dim_multiplier=8:mode={mode}:{small}" for mode in ("recurrent", "sparse"))
+    task = "latency:budget=smoke:force=1:steps=24:windows=5"
+    plan = make_plan(RunSpec(models, (task,), contexts=(32,), threads=1, rounds=2))
+    return execute(plan, prepare(plan, tmp_path_factory.mktemp("runs"), None, False), lambda *a: None, 120.0)
+
+
+def test_both_ways_of_decoding_make_rows_that_can_be_compared(run: Run) -> None:
+    assert [cell.status for cell in run.cells] == ["ok", "ok"]
+    points = [p for p in points_of(run) if p.metric == "tpot_s"]
+    assert len({p.model for p in points}) == 2
+    assert [dict(p.axes)["path"] for p in points] == ["dense", "sparse"]
+    one, two = points
+    assert claims._same_load([one], [two]) == (one, two)
+    assert {dict(p.axes)["layer"] for p in points_of(run) if p.metric == "row_density" and p.model == one.model} == {
+        0,
+        1,
+    }
+    assert {dict(p.axes)["layer"] for p in points_of(run) if p.metric == "row_density" and p.model == two.model} == {
+        0,
+        1,
+    }
+    for cell in run.cells:
+        assert cell.facts["runtime"] == "eager"
+        assert cell.facts["timing"]["budget"] == "smoke"
+        assert [row["gate"] for row in cell.facts["gates"][:1]] == ["numerics"]
+
+
+def test_a_time_is_never_compared_with_that_of_another_runtime(run: Run) -> None:
+    one, two = (p for p in points_of(run) if p.metric == "tpot_s")
+    compiled = replace(two, axes=tuple((n, "compile" if n == "runtime" else v) for n, v in two.axes))
+    assert claims._same_load([one], [compiled]) is None
+    assert claims._same_load([one], [compiled, two]) == (one, two)
+
+
+def test_quantiles_are_those_of_the_stored_steps_by_round(run: Run) -> None:
+    cell = run.cells[0]
+    assert len(cell.rounds) == 2
+    found = [r for r in derived_records(run) if r.metric == "itl_s" and r.cell == cell.key]
+    for one in cell.rounds:
+        with np.load(run.path / "cells" / one.files / "decode.npz") as kept:
+            assert int(kept["block"]) == 1
+            steps = np.diff(kept["stamps_ns"], axis=2).ravel() * 1e-9
+        own = {r.axes["quantile"]: r.value for r in found if r.round == one.round}
+        assert own == pytest.approx(
+            {n: float(np.quantile(steps, q)) for n, q in {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}.items()}
+        )
+    points = {dict(p.axes)["quantile"]: p for p in points_of(run) if p.metric == "itl_s" and p.model == cell.model}
+    assert list(points) == ["p50", "p95", "p99", "max"]
+    assert {dict(p.axes)["path"] for p in points.values()} == {"dense"}
+
+
+def test_steps_that_were_not_told_apart_or_are_too_few_have_no_quantiles(run: Run) -> None:
+    row = replace(next(r for r in run.records if r.metric == "tpot_s"), status="ok", reason="")
+    stamps = np.cumsum(np.full((1, 30, 2), 1_000_000).ravel()).reshape(1, 30, 2)
+    few = {r.axes["quantile"]: r for r in between_tokens({"stamps_ns": stamps, "block": np.array(1)}, [row])}
+    assert few["p95"].value == pytest.approx(1e-3)
+    assert (few["p99"].value, few["p99"].status) == (None, "unsupported")
+    blocks = list(between_tokens({"stamps_ns": stamps, "block": np.array(8)}, [row]))
+    assert {(r.value, "blocks of 8" in r.reason) for r in blocks} == {(None, True)}
+    noisy = list(
+        between_tokens({"stamps_ns": stamps, "block": np.array(1)}, [row, replace(row, status="noisy", reason="why")])
+    )
+    assert {(r.status, r.reason) for r in noisy if r.value is not None} == {("noisy", "why")}
+    single = {
+        "stamps_ns": stamps[:, :1],
+        "block": np.array(30),
+        "single_stamps_ns": stamps,
+        "single_block": np.array(1),
+    }
+    assert next(iter(between_tokens(single, [row]))).value == pytest.approx(1e-3)
