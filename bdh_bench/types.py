@@ -195,7 +195,8 @@ class TaskContext:
 
     ``context`` is the cell's own context (None where the task has no such axis), ``contexts`` all of the run.
     ``documents`` are held-out test documents, opened for evaluation only. ``state_protocol`` is carry, cold or window.
-    ``passed(gate, error, bound)`` notes a gate of the task's own; one that fails is a LawError.
+    ``passed(gate, error, bound)`` notes a gate of the task's own; one that fails is a LawError. ``note(name, value)`` adds to the cell's
+    facts how it was measured.
     """
 
     seed: int
@@ -208,6 +209,7 @@ class TaskContext:
     progress: Callable[[str, float, Mapping[str, Scalar]], None]
     state_protocol: str = "carry"
     passed: Callable[[str, float, float], None] = lambda gate, error, bound: None
+    note: Callable[[str, Any], None] = lambda name, value: None
 
 
 class Exercises(Protocol):

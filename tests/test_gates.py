@@ -308,7 +308,10 @@ def test_a_failed_gate_stores_its_failure_and_no_value(
 
 def test_a_gate_of_a_task_that_fails_is_a_row_too(tmp_path: Path) -> None:
     run = _go(
-        RunSpec(("toy:nan",), ("latency:steps=2:windows=2:prefills=1", "memory"), contexts=(16,), rounds=1), tmp_path
+        RunSpec(
+            ("toy:nan",), ("latency:budget=smoke:steps=2:windows=2:prefills=1", "memory"), contexts=(16,), rounds=1
+        ),
+        tmp_path,
     )
     assert [cell.status for cell in run.cells] == ["gate_failed", "gate_failed"]
     for cell in run.cells:

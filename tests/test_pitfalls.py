@@ -162,7 +162,7 @@ class _SlowPrefill(toy.Model):
 
 def test_a_slow_prefill_is_not_in_the_time_per_token() -> None:
     """P20."""
-    config = latency.Config(steps=4, windows=3, prefills=1)
+    config = latency.Config("smoke", steps=4, windows=3, prefills=1)
     rows = [m for m in latency.run(_SlowPrefill(toy.Config()), config, _context(64)) if isinstance(m, Measurement)]
     assert min(m.value or 0 for m in rows if m.metric == "prefill_s") >= 0.05
     assert min(m.value or 1 for m in rows if m.metric == "tpot_s") < 0.0125  # a fourth of a piece

@@ -38,7 +38,9 @@ def _go(spec: RunSpec, root: Path, timeout_s: float = 120.0, **how: Any) -> Run:
 
 def test_each_death_is_a_row_and_the_others_finish(tmp_path: Path) -> None:
     models = ("toy:segfault", "toy:nan", "toy:oom", "toy:uniform")
-    run = _go(RunSpec(models, ("latency:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=1), tmp_path)
+    run = _go(
+        RunSpec(models, ("latency:budget=smoke:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=1), tmp_path
+    )
     assert [c.status for c in run.cells] == ["crash", "gate_failed", "oom_host", "ok"]
     assert "SIGSEGV" in run.cells[0].reason
     assert tally(run) == {"ok": 1, "failed": 2, "skipped": 1}
@@ -172,7 +174,7 @@ def test_per_byte_results_are_kept_beside_the_rows(tmp_path: Path, books: Path) 
 def test_memory_and_latency_rows_have_units_and_truths(tmp_path: Path) -> None:
     spec = RunSpec(
         ("toy:linear_kv", "toy:sleep", "gpt2"),
-        ("memory", "latency:steps=3:windows=2:prefills=2"),
+        ("memory", "latency:budget=smoke:steps=3:windows=2:prefills=2"),
         contexts=(64, 600),
         rounds=1,
     )
@@ -221,7 +223,7 @@ def test_rounds_are_interleaved_and_no_part_of_the_key() -> None:
 
 
 def test_every_round_is_a_process_and_a_row_and_is_resumed_on_its_own(tmp_path: Path) -> None:
-    spec = RunSpec(("toy:uniform",), ("latency:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=2)
+    spec = RunSpec(("toy:uniform",), ("latency:budget=smoke:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=2)
     plan = make_plan(spec)
     folder = prepare(plan, tmp_path, "r", False)
     first = replace(plan, cells=(replace(plan.cells[0], rounds=1),))

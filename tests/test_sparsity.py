@@ -94,7 +94,7 @@ def test_a_model_that_shows_nothing_is_unsupported() -> None:
 )
 def test_sparse_decoding_of_random_weights_is_not_timed_unasked(weights: str, force: int, timed: bool) -> None:
     net = Model(Config(2, 16, 2, 8, mode="sparse")).eval()
-    config = latency.Config(steps=2, windows=2, prefills=1, force=force)
+    config = latency.Config("smoke", steps=2, windows=2, prefills=1, force=force)
     found = [m for m in latency.run(net, config, _context((32,), weights)) if isinstance(m, Measurement)]
     steps = [m for m in found if m.metric == "tpot_s"]
     assert all((m.value is not None) == timed for m in steps)

@@ -12,6 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bdh_bench.measure.placement import allowed, physical_cores
+from bdh_bench.measure.processor import processor_facts
+
 _PACKAGES = (
     "bdh-bench",
     "torch",
@@ -36,6 +39,8 @@ def environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "physical_cores": len(physical_cores(allowed())) or None,
+        "processor": processor_facts(),
         "native_bfloat16": native_bfloat16(),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
         "executable": "python" + ".".join(map(str, sys.version_info[:2])),

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from bdh_bench.results import statistics
 from bdh_bench.results.assessment import Assessment, assess
@@ -430,12 +430,17 @@ def _latency(facts: Facts) -> Iterator[Claim]:
 
 
 def _same_load(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[Point, Point] | None:
-    """Both models at their longest common context with the same batch and seed."""
-    other: dict[tuple[int, int, int | None], Point] = {}
+    """Both models at their longest common context with the same batch, seed and runtime."""
+    other: dict[tuple[Any, ...], Point] = {}
     for point in theirs:
-        other.setdefault((point.context, point.batch_size, point.seed), point)
-    pairs = [(p, other[key]) for p in ours if (key := (p.context, p.batch_size, p.seed)) in other]
+        other.setdefault(_load(point), point)
+    pairs = [(p, other[_load(p)]) for p in ours if _load(p) in other]
     return max(pairs, key=lambda pair: (pair[0].context, -pair[0].batch_size), default=None)
+
+
+def _load(point: Point) -> tuple[Any, ...]:
+    """What must be equal before two times are compared: not how a model decodes (its path), but whether it was compiled."""
+    return (point.context, point.batch_size, point.seed, dict(point.axes).get("runtime"))
 
 
 def _speed(facts: Facts, one: Point, two: Point, what: str) -> Claim:

@@ -5,16 +5,18 @@ From the bits of every streamed byte (``stream.npz`` of a cell) and the classes 
 * position buckets, with edges 0, 64, 128, 256, … bytes and, apart, 0, 1, 2, 4, … training contexts T;
 * the recall slice: bytes whose past says them (by distance, in powers of two), contradicts them, or does not know their key.
 
+From the stamps of every decoding step (``decode.npz`` of a round): quantiles of the time between tokens, warm-up and first token left out.
+
 From the rows of the same-target sweep: gain(c) = bits at the shortest context − bits at c, and the slope per doubling of c.
 
-Each comes out as one record per document, like those of a task, so that reduction, intervals and pairing are the same for all. A token of
-several bytes spreads its bits evenly over them.
+Each comes out as one record per document or round, like those of a task, so that reduction, intervals and pairing are the same for all.
+A token of several bytes spreads its bits evenly over them.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
 
 SWEEP, STREAM = "bits_per_byte", "stream_bits_per_byte"
 POSITION, RECALL, GAIN, SLOPE = "position_bits_per_byte", "recall_bits_per_byte", "context_gain", "context_slope"
+STEP, BETWEEN = "tpot_s", "itl_s"
+#: Name → quantile of single steps, and the fewest steps in which it is not simply the largest.
+QUANTILES = {"p50": (0.5, 1), "p95": (0.95, 20), "p99": (0.99, 100), "max": (1.0, 1)}
 #: What this file makes. Shown with intervals, and never tested: the same bits would be asked the same question many times.
-DERIVED = frozenset({POSITION, RECALL, GAIN, SLOPE})
+DERIVED = frozenset({POSITION, RECALL, GAIN, SLOPE, BETWEEN})
 _FIRST_EDGE = 64
 _CONFLICT, _NOVEL = -1, 0  # classes that are no distance; below them: excluded
 _CARRIED = "bpb@stream,state=carry"
@@ -57,7 +62,7 @@ def derived_records(run: Run) -> Iterator[Record]:
     classes = classes_of(run)
     rows: dict[str, list[Record]] = {}
     for record in run.records:
-        if record.metric in (SWEEP, STREAM) and record.value is not None:
+        if record.metric in (SWEEP, STREAM, STEP) and record.value is not None:
             rows.setdefault(record.cell, []).append(record)
     for cell in run.cells:
         own = rows.get(cell.key, [])
@@ -68,6 +73,10 @@ def derived_records(run: Run) -> Iterator[Record]:
             plain = replace(streamed[0], axes={}, context=0, repeat=0)
             yield from positions(stream, plain)
             yield from recall(stream, classes, plain)
+        for one in cell.rounds:
+            steps = [r for r in own if r.metric == STEP and r.round == one.round]
+            if steps and one.files:
+                yield from between_tokens(_arrays(run.path / "cells" / one.files / "decode.npz"), steps)
 
 
 # -- stored arrays -----------------------------------------------------------------------------------------------------
@@ -185,6 +194,31 @@ def recall(stream: Stream, classes: dict[str, NDArray[np.int32]], plain: Record)
         )
         for document, bits, own in known:
             yield from _weighed(made, document, bits[: len(own)][(low <= own) & (own < high)])
+
+
+# -- single steps ------------------------------------------------------------------------------------------------------
+
+
+def between_tokens(arrays: Mapping[str, NDArray[Any]], rows: Sequence[Record]) -> Iterator[Record]:
+    """Quantiles of the steps of one round, marked as its windows (``rows``) are; gaps where steps were not told apart or are too few."""
+    import numpy as np
+
+    kind = "single_" if "single_stamps_ns" in arrays else ""
+    if not {f"{kind}stamps_ns", f"{kind}block"} <= arrays.keys():
+        return
+    stamps, block = arrays[f"{kind}stamps_ns"], int(arrays[f"{kind}block"])  # (W, S, 2)
+    steps = (stamps[..., -1] - stamps[..., 0]).ravel() * 1e-9
+    marked = next((row for row in rows if row.status != "ok"), rows[0])
+    for name, (share, fewest) in QUANTILES.items():
+        made = replace(marked, metric=BETWEEN, axes={**marked.axes, "quantile": name}, repeat=0)
+        if block > 1:
+            reason = f"steps are so short that they were timed in blocks of {block}"
+            yield replace(made, value=None, status="unsupported", reason=reason)
+        elif steps.size < fewest:
+            reason = f"{steps.size} steps have no {name}: {fewest} are needed"
+            yield replace(made, value=None, status="unsupported", reason=reason)
+        else:
+            yield replace(made, value=float(np.quantile(steps, share)))
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from bdh_bench.errors import StoreError
 from bdh_bench.measure.clock import now_s
+from bdh_bench.measure.placement import Placement, place, waiting_on
 from bdh_bench.results.store import CellOutcome, EventWriter, attempt_folder, open_run, wanted_rounds
 from bdh_bench.runner.leases import lease
 from bdh_bench.spec import RunSpec
@@ -41,7 +42,9 @@ def run_cells(
     for cell, number, contexts in rounds:
         with lease(folder, cell.key, number):
             if any(one.round == number for one in wanted_rounds(_outcome(folder, cell).rounds)):
-                _run_round(folder, spec, cell, number, contexts, report, timeout_s)
+                where = place(spec.threads)
+                with waiting_on(where.parent):
+                    _run_round(folder, spec, cell, number, contexts, report, timeout_s, where)
 
 
 def _outcome(folder: Path, cell: Cell) -> CellOutcome:
@@ -49,7 +52,14 @@ def _outcome(folder: Path, cell: Cell) -> CellOutcome:
 
 
 def _run_round(
-    folder: Path, spec: RunSpec, cell: Cell, number: int, contexts: tuple[int, ...], report: Report, timeout_s: float
+    folder: Path,
+    spec: RunSpec,
+    cell: Cell,
+    number: int,
+    contexts: tuple[int, ...],
+    report: Report,
+    timeout_s: float,
+    where: Placement,
 ) -> None:
     attempt = _claim_attempt(folder, cell.key, number)
     files = attempt_folder(folder, cell.key, number, attempt)
@@ -60,6 +70,7 @@ def _run_round(
         "contexts": contexts,
         "round": number,
         "attempt": attempt,
+        "placement": where.as_json(),
     }
     report(cell, {"phase": "start", "round": number})
     with (files / "log.txt").open("wb") as log:

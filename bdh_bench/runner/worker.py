@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, open_corpus
 from bdh_bench.errors import BenchError, LawError, PositionLimitError
 from bdh_bench.measure.clock import now_s
+from bdh_bench.measure.placement import settled
 from bdh_bench.results.store import EventWriter, attempt_folder, measurement_body
 from bdh_bench.runner.state_curve import knots
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
@@ -37,7 +39,7 @@ def main() -> int:
     writer = EventWriter(folder, f"{cell.key[:16]}-{who['round']}-{who['attempt']}")
     writer.write("started", **who)
     files = attempt_folder(folder, cell.key, who["round"], who["attempt"])
-    outcome = _outcome(cell, spec, tuple(request["contexts"]), files)
+    outcome = _outcome(cell, spec, tuple(request["contexts"]), files, settled(request.get("placement")))
     writer.write("result", **who, **outcome)
     writer.close()
     return 0
@@ -53,11 +55,13 @@ def _say(phase: str, fraction: float, facts: Mapping[str, Scalar]) -> None:
     print(json.dumps({"phase": phase, "fraction": fraction, **clean}), file=sys.__stdout__, flush=True)
 
 
-def _outcome(cell: Cell, spec: RunSpec, contexts: tuple[int, ...], files: Path) -> dict[str, Any]:
+def _outcome(
+    cell: Cell, spec: RunSpec, contexts: tuple[int, ...], files: Path, host: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Status, reason, facts and measurements of the cell; every way it can end becomes a row with a reason."""
     import torch
 
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"host": dict(host)} if host else {}
     measurements: list[Measurement] = []
     status, reason = "ok", ""
     started = now_s()
@@ -154,6 +158,8 @@ def _results(
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
+        with suppress(RuntimeError):  # too late in a process that has run something in parallel already
+            torch.set_num_interop_threads(1)
     model_spec, task_spec = parse_model(cell.model), parse_model(cell.task)
     task = registry.load("tasks", task_spec.family)
     config = task.Config(**registry.task_values(task_spec))
@@ -202,6 +208,7 @@ def _results(
         progress=_say,
         state_protocol=spec.state_protocol,
         passed=lambda gate, error, bound: rows.append({"gate": gate, "kept": True, "error": error, "bound": bound}),
+        note=facts.__setitem__,
     )
     evaluated = now_s()
     yield from task.run(model, config, context)
