@@ -161,6 +161,7 @@ def rows_of(train_context: int | None) -> tuple[Row, ...]:
     )
     training = (
         "context",
+        "piece_bytes",
         "batch",
         "steps",
         "learning_rate",
