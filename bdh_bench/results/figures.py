@@ -61,6 +61,8 @@ def quality_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
             else "what lies right of it is extrapolation."
         )
         notes.append(f"Models trained in this run saw {train_context:,} bytes at a time; {meaning}")
+    if facts.blocks:
+        notes.append("95 % intervals over blocks of fewer than five documents (blocks): nothing about other documents.")
     if (enough := sufficiency_of(facts)).undertrained:
         notes.append(f"Undertrained, so nothing follows about longer contexts: {enough.text}.")
     y: Upwards = ("bits per byte", "bit/byte", "linear")
