@@ -36,7 +36,7 @@ def write(root: Path, documents: int, keep: Callable[[str], bool] = lambda model
         owner, starts = np.repeat(np.arange(documents), K), np.tile(np.arange(K) * 1000 + 4096, documents)
         names = np.array([f"doc{i}.txt" for i in range(documents)])
         streams = [generator.gamma(4, 0.6, 10 * T - 30 * i - 1).astype(np.float32) for i in range(documents)]
-        folder = attempt_folder(root / "run", one["key"], 1)
+        folder = attempt_folder(root / "run", one["key"], 1, 1)
         folder.mkdir(parents=True, exist_ok=True)
         if keep(one["model"]):
             arrays = {"documents": names, "block_document": owner, "block_start": starts}
@@ -58,7 +58,7 @@ def write(root: Path, documents: int, keep: Callable[[str], bool] = lambda model
         ]  # fmt: skip
         known = {"weights": "trained", "parameters": 1000, "training": {"regime": "crop", "context": T}}
         body = [measurement_body(row) for row in rows]
-        writer.write("result", cell=one["key"], attempt=1, status="ok", facts=known, measurements=body)
+        writer.write("result", cell=one["key"], round=1, attempt=1, status="ok", facts=known, measurements=body)
     writer.close()
     return open_run(root / "run")
 
