@@ -16,7 +16,8 @@ from bdh_bench.results.fairness import AXES, Card, card_of, fairness_table
 from bdh_bench.results.report.page import content_of, render
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import points_of
-from bdh_bench.runner.recipes import MATCHES
+from bdh_bench.runner.recipes import MATCHES, RECORDED, rate_source
+from bdh_bench.spec import RunSpec, parse_model
 
 
 def card(run: Run) -> tuple[Card, Facts]:
@@ -89,6 +90,32 @@ def test_the_card_shows_values_and_marks_what_is_missing(run: Run) -> None:
     assert [(e.text, e.note) for e in rows["vocabulary"]] == [("256", ""), ("—", "missing")]
     assert [e.text for e in rows["learning rate"]] == ["0.001", "0.001"]
     assert "regime crop" in table.note
+
+
+def test_the_card_says_where_a_learning_rate_comes_from(run: Run) -> None:
+    """P3: what was searched for one and not for the other can be seen."""
+    run = given(
+        run, "bdh", "learning_rate", value={"source": "default of the family (a sweep)", "grid": [0.001, 0.004]}
+    )
+    run = given(run, "mamba", "learning_rate", value={"source": "given with the model", "grid": []})
+    rows = {row[0].text: [e.text for e in row[1:]] for row in fairness_table(*card(run)).rows}
+    assert rows["origin of the learning rate"] == ["default of the family (a sweep)", "given with the model"]
+    assert rows["learning rates tried"] == ["0.001, 0.004", "—"]
+    assert rows["how many learning rates"] == ["2", "—"]
+
+
+def test_the_origin_of_a_rate_is_that_of_the_request() -> None:
+    spec = RunSpec(("bdh",), ("long_ppl",))
+    plain = rate_source(parse_model("bdh"), spec)
+    assert plain["source"].startswith(f"default of the family ({RECORDED}, at 303,104 parameters")
+    assert plain["grid"] == [0.001, 0.002, 0.004, 0.008, 0.016]
+    assert rate_source(parse_model("gated_delta"), spec)["grid"] == [0.002, 0.004]  # of the file: fewer than the others
+    assert rate_source(parse_model("bdh:learning_rate=0.1"), spec) == {"source": "given with the model", "grid": []}
+    assert rate_source(parse_model("bdh"), replace(spec, learning_rate=0.1)) == {
+        "source": "given for the run",
+        "grid": [],
+    }
+    assert rate_source(parse_model("someone"), spec) == {"source": "default of the family", "grid": []}
 
 
 def test_all_four_matchings_are_printed_whatever_is_declared(run: Run) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from synthetic_run import write_run
 
+from bdh_bench.results.contenders import Facts
 from bdh_bench.results.figure import (
     FAMILY_STYLE,
     Axis,
+    Band,
     Dot,
     Figure,
     Mark,
@@ -21,8 +27,10 @@ from bdh_bench.results.figure import (
     to_json,
 )
 from bdh_bench.results.figures import figures_of
+from bdh_bench.results.reach import BEYOND, shaded_places
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
+from bdh_bench.results.store import Run
 from bdh_bench.results.tables import points_of
 
 
@@ -72,7 +80,7 @@ def whole() -> Figure:
     ticks = ((1.0, "1"), (4.0, "4"))
     return Figure(
         "whole", "Whole", "everything", Axis("x", "bytes", "log", ticks), Axis("y", "", "linear"), series,
-        (Reference("line", 2.0, "dash"),), (Mark(4, 3, "ended", "stopped"), Mark(1, 1, "broke", "failed")),
+        (Reference("line", 2.0, "dash"),), (Mark(4, 3, "ended", "stopped"), Mark(1, 1, "broke", "failed")), (Band(2, 4, "a region"),),
     )  # fmt: skip
 
 
@@ -81,7 +89,20 @@ def test_both_renderers_draw_everything(figures: dict[str, Figure]) -> None:
         svg, plot = to_svg(figure), to_plotly(figure)
         lines = [trace for trace in plot["data"] if trace["name"] != "marks"]
         assert len(lines) == len(figure.series)
-        assert len(plot["layout"]["shapes"]) == len(figure.references)
+        assert len(plot["layout"]["shapes"]) == len(figure.references) + len(figure.bands)
+        assert [(s["x0"], s["x1"]) for s in plot["layout"]["shapes"] if s["type"] == "rect"] == [
+            (band.start, band.end) for band in figure.bands
+        ]
+        captions = (
+            [(a["x"], a["text"]) for a in plot["layout"]["annotations"] if a.get("yref") == "paper"]
+            if figure.bands
+            else []
+        )
+        assert captions == [
+            (math.log10(b.start) if figure.x.scale == "log" else b.start, b.label) for b in figure.bands
+        ]
+        assert svg.count(f'id="{figure.id}-band-') == len(figure.bands)
+        assert all(band.label in svg for band in figure.bands)
         assert sum(len(trace["x"]) for trace in plot["data"] if trace["name"] == "marks") == len(figure.marks)
         for number, line in enumerate(figure.series):
             assert f'id="{figure.id}-series-{number}"' in svg
@@ -115,3 +136,50 @@ def test_seeds_and_missing_curves(tmp_path: Path) -> None:
     figures = {figure.id: figure for figure in figures_of(run, points_of(run))}
     assert len(figures["training"].series) == 2
     assert len(figures["quality"].series) == 1
+
+
+# -- beyond the training context -------------------------------------------------------------------------------------
+
+
+def quality_of(run: Run) -> Figure:
+    return next(figure for figure in figures_of(run, points_of(run)) if figure.id == "quality")
+
+
+def test_quality_beyond_the_training_context_is_shaded(figures: dict[str, Figure]) -> None:
+    """P23."""
+    assert [(band.start, band.end, band.label) for band in figures["quality"].bands] == [(256, 2048, BEYOND)]
+    assert figures["quality"].x.title == "context (bytes; T = 256)"
+    assert all(not figures[name].bands for name in ("memory", "peak", "tpot", "prefill", "pareto", "training"))
+
+
+def trained_with(run: Run, **lengths: int) -> Run:
+    def changed(facts: Mapping[str, Any], family: str) -> dict[str, Any]:
+        training = {**facts.get("training", {}), "piece_bytes": lengths.get(family, 256)}
+        return {**facts, "training": training} if "training" in facts else dict(facts)
+
+    return replace(run, cells=tuple(replace(c, facts=changed(c.facts, c.family)) for c in run.cells))
+
+
+def test_longer_training_pieces_of_one_model_are_named(tmp_path: Path) -> None:
+    """P23: gpt2 learns on pieces of its whole table; the region begins at the shortest T."""
+    run = trained_with(write_run(tmp_path, crash=None), gpt2=384)
+    assert quality_of(run).x.title == "context (bytes; T = 256; gpt2: 384)"
+    assert [band.start for band in quality_of(run).bands] == [256]
+    longest = trained_with(run, bdh=4096, mamba=4096, gpt2=4096)
+    assert quality_of(longest).bands == ()
+    assert quality_of(longest).x.title == "context (bytes; T = 4,096)"
+
+
+def test_nothing_is_shaded_where_nobody_was_trained(tmp_path: Path) -> None:
+    run = write_run(tmp_path, models=("toy:uniform",), crash=None)
+    assert quality_of(run).bands == ()
+    assert "T =" not in quality_of(run).x.title
+
+
+def test_places_of_a_stream_are_shaded_from_the_first_that_begins_at_t(tmp_path: Path) -> None:
+    run = write_run(tmp_path, crash=None)
+    bare = replace(figures_of(run, points_of(run))[0], bands=())
+    facts = Facts(run, points_of(run))
+    (band,) = shaded_places(facts, bare, facts.models, (0, 64, 128, 256, 512)).bands
+    assert (band.start, band.end, band.label) == (2.5, 4.5, f"{BEYOND}, T = 256")
+    assert shaded_places(facts, bare, facts.models, (0, 64, 128)).bands == ()

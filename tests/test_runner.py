@@ -347,7 +347,7 @@ def test_a_trained_cell_knows_what_the_fairness_card_asks(tmp_path: Path, books:
     assert (facts["start_symbol"], facts["vocab_size"], facts["training"]["clip_norm"]) == (10, 256, 1.0)
     card = assess(run).card
     missing = {row for row, value in card.values[name].items() if value is None}
-    assert missing == {"learning_rate_trials"}
+    assert missing == set()
     assert run.cells[0].model_kind == "recurrent"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bdh_bench.results.blocks import LABEL
 from bdh_bench.results.comparisons import Comparison, comparison_as_json, comparison_table, comparisons_of
 from bdh_bench.results.contenders import Facts
 from bdh_bench.results.extrapolation import Sweep, extrapolation_table, sweep_as_json, sweeps_of
@@ -31,10 +32,11 @@ class Assessment:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What a reader must know before anything else: the run's own labels, ``undertrained``, and tasks without a signal."""
+        """What a reader must know before anything else: the run's own labels, ``blocks``, ``undertrained``, and tasks without a signal."""
         own = [str(label) for label in self.facts.run.manifest.get("labels") or []]
         invalid = [f"{task}: no signal" for task in without_signal(self.signals)]
-        return (*own, *(["undertrained"] if self.training.undertrained else []), *invalid)
+        blocks = [LABEL] if self.facts.blocks else []
+        return (*own, *blocks, *(["undertrained"] if self.training.undertrained else []), *invalid)
 
     def tables(self) -> tuple[Table, ...]:
         """Comparisons, what contexts are worth, where states cross, and the fairness card; each only where it has rows."""

@@ -290,9 +290,10 @@ def _context(facts: Facts, sweep: Sweep) -> Claim:
     change = (past and past.beyond) or statistics.paired_difference(
         samples[last.context], samples[start], facts.clusters
     )
+    units = "blocks" if facts.blocks else "documents"
     why_not = "random weights: quality is not ranked" if any(p.weights == "random" for p in sweep.points) else ""
     if not why_not and change.low is None:
-        why_not = f"{count(change.n)} documents are too few for an interval: not decided"
+        why_not = f"{count(change.n)} {units} are too few for an interval: not decided"
     if past:
         verdict = {
             "uses": "it uses context beyond its training context",
@@ -315,7 +316,7 @@ def _context(facts: Facts, sweep: Sweep) -> Claim:
     text = (
         f"On the same targets {subject} by {signed(change.value)} bits per byte "
         f"{signed_interval(change.low, change.high)} from {count(start)} to {count(last.context)} bytes of "
-        f"context, over {count(change.n)} documents; {why_not or verdict}."
+        f"context, over {count(change.n)} {units}; {why_not or verdict}."
     )
     kind: Kind = "not decided" if why_not else "measured"
     return Claim(text, _cells(sweep.points), "this checkpoint", kind, "context")

@@ -24,6 +24,7 @@ from typing import Any
 
 from bdh_bench.metrics import METRICS
 from bdh_bench.results import significance, statistics
+from bdh_bench.results.blocks import LABEL
 from bdh_bench.results.contenders import QUALITY, Facts
 from bdh_bench.results.decisions import (
     SEEDS_TO_RANK,
@@ -176,7 +177,7 @@ def _comparison(facts: Facts, pairs: Sequence[tuple[Point, Point]], unmatched: s
     if not identical or not common:
         evidence = Evidence(claim, None, None, 0, len(used), barred=barred)
         return Comparison(one.model, two.model, used, evidence, 0, None, None, None, False, decide(evidence))
-    units = statistics.cluster_count(common, facts.clusters)
+    documents, units = facts.counted(common)
     bits = METRICS[one.metric].unit == _BITS
     over_documents = statistics.mean_difference(samples, facts.clusters)
     own = [float(a.value or 0) - float(b.value or 0) for a, b in used]
@@ -198,7 +199,7 @@ def _comparison(facts: Facts, pairs: Sequence[tuple[Point, Point]], unmatched: s
     )
     primary = one.metric == QUALITY and one.context in facts.primary_contexts
     return Comparison(
-        one.model, two.model, used, evidence, len(common), p_documents, p_seeds, p, primary, decide(evidence)
+        one.model, two.model, used, evidence, documents, p_documents, p_seeds, p, primary, decide(evidence)
     )
 
 
@@ -283,6 +284,8 @@ def comparison_table(facts: Facts, comparisons: Sequence[Comparison]) -> Table:
         + (f"Against every winner here: {'; '.join(shared)}. " if shared else "")
         + (f"Unranked: {unranked} of {len(comparisons)} comparisons, for the reasons given." if unranked else "")
     )
+    if facts.blocks:
+        note += "Intervals and p-values are over blocks, not documents: there are fewer than five. "
     meaning = (
         "First against second on the same targets. No winner is named while any reason stands against it, and a difference "
         "that was not found is no match."
@@ -343,6 +346,7 @@ def comparison_as_json(c: Comparison, facts: Facts, card: Card) -> dict[str, Any
         "p_seeds": _p_as_json(c.p_seeds),
         "documents": c.documents,
         "independent": c.evidence.documents,
+        "resampled": LABEL if facts.blocks else "documents",
         "seeds": len(c.pairs),
         "seeds_to_rank": SEEDS_TO_RANK,
         "resamples": RESAMPLES,

@@ -7,12 +7,13 @@ with nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from bdh_bench.results import statistics
+from bdh_bench.results.blocks import blocks_of
 from bdh_bench.results.decisions import EQUIVALENCE_MARGIN
 from bdh_bench.results.naming import names_of, without_regime
 from bdh_bench.results.store import Run
@@ -30,7 +31,9 @@ class Facts:
     """The points and records of a run by what the rules ask for; only points of single seeds."""
 
     def __init__(self, run: Run, points: Sequence[Point]) -> None:
-        self.run = run
+        self.clusters = clusters_of(run)
+        blocks = blocks_of(run, self.clusters)
+        self.run, self.blocks = blocks.run, blocks.documents
         self.points = [point for point in points if point.seed is not None]
         self.models = list(dict.fromkeys(cell.model for cell in run.cells))
         self.family = {cell.model: cell.family for cell in run.cells}
@@ -41,7 +44,6 @@ class Facts:
         self.contenders = [m for m in self.models if m not in aside]
         own = [m for m in self.contenders if self.family[m] == SUBJECT]
         self.subjects = own or self.contenders[:1]
-        self.clusters = clusters_of(run)
         spec = run.manifest.get("spec")
         self.spec: dict[str, Any] = dict(spec) if isinstance(spec, dict) else {}
 
@@ -101,6 +103,11 @@ class Facts:
     def documents(self, point: Point) -> _Samples:
         """The samples (documents, prompts) behind a point."""
         return self._samples.get(_key(point, point.seed), {})
+
+    def counted(self, samples: Iterable[str]) -> tuple[int, int]:
+        """How many documents (or prompts) these samples are, and how many of them are independent; blocks are not counted."""
+        names = {self.blocks.get(sample, sample) for sample in samples}
+        return len(names), statistics.cluster_count(names, self.clusters)
 
     def documents_over_seeds(self, point: Point) -> _Samples:
         """The same documents, each with its mean over the seeds."""

@@ -153,6 +153,20 @@ def _start_symbol(cell: CellOutcome) -> Scalar:
     return "none" if symbol is None else _scalar(symbol)
 
 
+def _tried(cell: CellOutcome) -> list[float]:
+    known = cell.facts.get("learning_rate")
+    rates = known.get("grid") if isinstance(known, Mapping) else None
+    return [float(r) for rate in rates or () if (r := finite(rate)) is not None] if isinstance(rates, list) else []
+
+
+def _grid(cell: CellOutcome) -> Scalar:
+    return ", ".join(f"{rate:g}" for rate in _tried(cell)) or None
+
+
+def _trials(cell: CellOutcome) -> Scalar:
+    return len(_tried(cell)) or None
+
+
 def rows_of(train_context: int | None) -> tuple[Row, ...]:
     """Every line of the card; the state is read at T, 4T and 16T."""
     at = {k: str(k * train_context) if train_context else "" for k in _STATE_CONTEXTS}
@@ -161,6 +175,7 @@ def rows_of(train_context: int | None) -> tuple[Row, ...]:
     )
     training = (
         "context",
+        "piece_bytes",
         "batch",
         "steps",
         "learning_rate",
@@ -181,7 +196,9 @@ def rows_of(train_context: int | None) -> tuple[Row, ...]:
         Row("regime", "training regime", "", _regime),
         *(Row(name, name.replace("_", " "), "", _fact("training", name)) for name in training),
         Row("dropout", "dropout", "", _fact("config", "dropout")),
-        Row("learning_rate_trials", "learning rates tried", "", _fact("training", "trials")),
+        Row("learning_rate_source", "origin of the learning rate", "", _fact("learning_rate", "source")),
+        Row("learning_rate_grid", "learning rates tried", "", _grid),
+        Row("learning_rate_trials", "how many learning rates", "", _trials),
         Row("flops_per_token", "forward operations per byte at T", "", _fact("flops_per_token")),
         Row("start_symbol", "start symbol", "", _start_symbol),
         Row("vocabulary", "vocabulary", "", _fact("vocab_size")),

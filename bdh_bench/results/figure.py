@@ -95,6 +95,15 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Band:
+    """A shaded stretch of the axis below, with what it is written inside its upper left corner."""
+
+    start: float
+    end: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Figure:
     """One picture. ``alt`` says in words what it shows."""
 
@@ -106,6 +115,7 @@ class Figure:
     series: tuple[Series, ...]
     references: tuple[Reference, ...] = ()
     marks: tuple[Mark, ...] = ()
+    bands: tuple[Band, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -130,6 +140,7 @@ def from_json(values: Mapping[str, Any]) -> Figure:
             "series": series,
             "references": tuple(Reference(**raw) for raw in values["references"]),
             "marks": tuple(Mark(**raw) for raw in values["marks"]),
+            "bands": tuple(Band(**raw) for raw in values["bands"]),
             "notes": tuple(values["notes"]),
         }
     )

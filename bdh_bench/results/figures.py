@@ -15,6 +15,7 @@ from bdh_bench.results.display import shortened
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import Axis, Dot, Figure, Reference, styles_of
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, value_axis
+from bdh_bench.results.reach import shaded
 from bdh_bench.results.recall_figures import recall_figures
 from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import sufficiency_of
@@ -60,10 +61,13 @@ def quality_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
             else "what lies right of it is extrapolation."
         )
         notes.append(f"Models trained in this run saw {train_context:,} bytes at a time; {meaning}")
+    if facts.blocks:
+        notes.append("95 % intervals over blocks of fewer than five documents (blocks): nothing about other documents.")
     if (enough := sufficiency_of(facts)).undertrained:
         notes.append(f"Undertrained, so nothing follows about longer contexts: {enough.text}.")
     y: Upwards = ("bits per byte", "bit/byte", "linear")
-    return against_context(facts, "quality", "Quality against context", chosen, y, lines, notes)
+    figure = against_context(facts, "quality", "Quality against context", chosen, y, lines, notes)
+    return shaded(facts, figure, (p.model for p in chosen))
 
 
 def memory_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:

@@ -66,7 +66,7 @@ def against_context(
         series,
         apart(references, values),
         marks,
-        (*notes, *extra),
+        notes=(*notes, *extra),
     )
 
 

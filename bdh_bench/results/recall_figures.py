@@ -18,6 +18,7 @@ from bdh_bench.results.display import count, number, tick
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import BREAK, Axis, Dot, Figure, Mark, Reference, styles_of
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, share_axis, value_axis
+from bdh_bench.results.reach import shaded, shaded_places
 from bdh_bench.results.reductions import POSITION, RECALL, derived_records
 from bdh_bench.results.resampling import Samples
 from bdh_bench.results.tables import Point
@@ -76,7 +77,7 @@ def positions(facts: Facts) -> Figure:
         f"Difference to {name} in the same bytes of the same documents, with 95 % intervals over documents; below 0 is better than {name}. "
         "The text differs between buckets, so one line is no statement about longer contexts: that is Quality against context.",
     )
-    return Figure(
+    figure = Figure(
         "positions",
         f"Quality by position in the stream, against {name}",
         alt_of(f"Bits per byte less those of {name}", series, "bit/byte"),
@@ -88,6 +89,7 @@ def positions(facts: Facts) -> Figure:
         (Reference(name, 0.0, "dash"),),
         notes=notes,
     )
+    return shaded_places(facts, figure, samples, places)
 
 
 def _reference(facts: Facts, samples: Mapping[str, Mapping[int, Samples]]) -> str:
@@ -135,7 +137,7 @@ def match_distance(facts: Facts, points: Sequence[Point]) -> Figure:
         "twice as many back), only with another (conflict), or not at all (novel). Keys that were frequent in training are left out. The "
         "text differs between distances: compare models at one distance.",
     )
-    return Figure(
+    figure = Figure(
         "match-distance",
         "Recall of repeated text by distance",
         alt_of("Bits per byte of repeated text by distance", series, "bit/byte"),
@@ -144,6 +146,7 @@ def match_distance(facts: Facts, points: Sequence[Point]) -> Figure:
         series,
         notes=notes,
     )
+    return shaded_places(facts, figure, lines, [low for low, _ in spans])
 
 
 def _slice(point: Point) -> str:
@@ -281,7 +284,7 @@ def repeat_gain(facts: Facts, points: Sequence[Point], suffix: str) -> Figure:
         series,
         (Reference("no memory", 0.0, "dash"),),
         tuple(marks),
-        notes,
+        notes=notes,
     )
 
 
@@ -297,6 +300,6 @@ def needles(facts: Facts, points: Sequence[Point], suffix: str) -> Figure:
         means.append(replace(own[0], value=value, low=None, high=None, axes=()))
     y: Upwards = ("needles ranked first", "share", "linear")
     notes = ("Mean over the depths of the hidden key; the right one of ten candidates. Every depth is in the tables.",)
-    return against_context(
-        facts, f"needle{suffix}", "Needles found against context", means, y, (Reference("chance 0.1", 0.1, "dot"),), notes
-    )  # fmt: skip
+    chance = (Reference("chance 0.1", 0.1, "dot"),)
+    figure = against_context(facts, f"needle{suffix}", "Needles found against context", means, y, chance, notes)
+    return shaded(facts, figure, (p.model for p in means))

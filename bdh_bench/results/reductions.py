@@ -84,7 +84,7 @@ def derived_records(run: Run) -> Iterator[Record]:
 
 def stream_of(run: Run, cell: CellOutcome) -> Stream | None:
     """The stored bits of a cell's final attempt; None where there are none that can be read."""
-    arrays = _arrays(run.path / "cells" / cell.files / "stream.npz")
+    arrays = arrays_of(run, cell, "stream")
     if not {"documents", "train_context", "metric_id"} <= arrays.keys():
         return None
     names = [str(name) for name in arrays["documents"]]
@@ -93,6 +93,11 @@ def stream_of(run: Run, cell: CellOutcome) -> Stream | None:
     bits = tuple(per_byte(arrays[f"bits_{i}"], arrays[f"ends_{i}"], s) for i, s in zip(found, starts, strict=True))
     documents = tuple(names[i] for i in found)
     return Stream(documents, bits, starts, int(arrays["train_context"]), str(arrays["metric_id"]))
+
+
+def arrays_of(run: Run, cell: CellOutcome, name: str) -> dict[str, NDArray[Any]]:
+    """The arrays that a cell's final attempt kept under this name; none where they cannot be read."""
+    return _arrays(run.path / "cells" / cell.files / f"{name}.npz")
 
 
 def classes_of(run: Run) -> dict[str, NDArray[np.int32]]:

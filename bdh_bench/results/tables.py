@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdh_bench.metrics import METRICS
 from bdh_bench.results import statistics
+from bdh_bench.results.blocks import LABEL, blocks_of
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.reductions import derived_records
 from bdh_bench.results.store import Run
@@ -67,10 +68,11 @@ FIELDS = tuple(field.name for field in fields(Point))
 def points_of(run: Run) -> tuple[Point, ...]:
     """All points of a run in the order of its plan, those derived from stored arrays, and then points over seeds."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
-    for record in (*run.records, *derived_records(run)):
-        groups.setdefault(_identity(record), []).append(record)
     clusters = clusters_of(run)
-    single = [_reduced(records, clusters) for records in groups.values()]
+    blocks = blocks_of(run, clusters)
+    for record in (*blocks.run.records, *derived_records(blocks.run)):
+        groups.setdefault(_identity(record), []).append(record)
+    single = [_reduced(records, clusters, blocks.documents) for records in groups.values()]
     if len({cell.seed for cell in run.cells}) < 2:
         return tuple(single)
     return (*single, *_over_seeds(single))
@@ -127,13 +129,13 @@ def _identity(record: Record) -> tuple[Any, ...]:
     )
 
 
-def _reduced(records: Sequence[Record], clusters: Mapping[str, str]) -> Point:
+def _reduced(records: Sequence[Record], clusters: Mapping[str, str], blocks: Mapping[str, str]) -> Point:
     first = records[0]
     gaps = [record for record in records if finite(record.value) is None]
     how = reduction_of(first.metric, records)
     if how in ("ratio", "share"):
         found = _over_samples(records, gaps, how, clusters)
-        few = _too_few(records, found)
+        few = _too_few(records, found) or _over_blocks(records, found, blocks)
         value, low, high, n = (found.value, found.low, found.high, found.n) if found else (None, None, None, 0)
     else:
         few, (value, low, high, n) = "", _single(records, how)
@@ -164,6 +166,14 @@ def _too_few(records: Sequence[Record], estimate: statistics.Estimate | None) ->
     if estimate is None or estimate.low is not None or not any(record.sample for record in records):
         return ""
     return f"no interval: {estimate.units} independent documents, {statistics.FEWEST_DOCUMENTS} are needed"
+
+
+def _over_blocks(records: Sequence[Record], estimate: statistics.Estimate | None, blocks: Mapping[str, str]) -> str:
+    """That an interval is over blocks, where it is."""
+    documents = {blocks[record.sample] for record in records if record.sample in blocks}
+    if estimate is None or not documents:
+        return ""
+    return f"{LABEL}: 95 % over {estimate.units} blocks of {len(documents)} documents, not over documents"
 
 
 def _single(records: Sequence[Record], how: str) -> tuple[float | int | None, None, None, int]:

@@ -154,6 +154,7 @@ def _results(
     from bdh_bench.loading import load_model
     from bdh_bench.runner.gates import failure, hold, splits
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
+    from bdh_bench.runner.recipes import rate_source
     from bdh_bench.runner.training import fit, practise_or_load, train_or_load
 
     if spec.threads:
@@ -178,6 +179,7 @@ def _results(
     ):
         report = train_or_load(model, model_spec, spec, cell.seed, corpus, _say)
         facts["training"] = {**report, "flops": training_flops_per_byte(model, spec.train_context) * report["bytes"]}
+        facts["learning_rate"] = rate_source(model_spec, spec)
         facts["weights"] = "trained"
         facts["checkpoint"] = facts["training"]["sha256"]
     elif about.get("trains") and corpus is not None and hasattr(model, "fit"):  # statistics, without gradient

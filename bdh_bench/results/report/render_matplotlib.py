@@ -86,6 +86,10 @@ def to_svg(figure: Figure) -> str:
 def _draw(axes: Any, figure: Figure) -> None:
     for axis, set_scale in ((figure.x, axes.set_xscale), (figure.y, axes.set_yscale)):
         set_scale("linear" if axis.scale == "ordinal" else axis.scale)
+    for number, band in enumerate(figure.bands):
+        axes.axvspan(band.start, band.end, color="#808080", alpha=0.13, linewidth=0, zorder=0, gid=f"band-{number}")
+        place, offset = (band.start, 1), {"xytext": (3, -3), "textcoords": "offset points"}
+        axes.annotate(band.label, place, xycoords=("data", "axes fraction"), va="top", fontsize=7.5, **offset)
     for number, line in enumerate(figure.series):
         _draw_series(axes, line, number)
     for number, reference in enumerate(figure.references):

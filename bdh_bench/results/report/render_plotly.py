@@ -12,7 +12,7 @@ from typing import Any
 
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.escaping import plotly as safe
-from bdh_bench.results.figure import Axis, Dot, Figure, Mark, Reference, Series
+from bdh_bench.results.figure import Axis, Band, Dot, Figure, Mark, Reference, Series
 
 _MARKERS = {"cross": "x"}
 _MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open", "half": "cross-thin-open"}
@@ -89,8 +89,11 @@ def _layout(figure: Figure) -> dict[str, Any]:
     return {
         "xaxis": _axis(figure.x),
         "yaxis": _axis(figure.y),
-        "shapes": [_line(reference) for reference in figure.references],
-        "annotations": [_caption(reference, figure.y) for reference in figure.references],
+        "shapes": [*map(_line, figure.references), *map(_shade, figure.bands)],
+        "annotations": [
+            *(_caption(reference, figure.y) for reference in figure.references),
+            *(_heading(band, figure.x) for band in figure.bands),
+        ],
         "showlegend": True,
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
@@ -130,6 +133,18 @@ def _line(reference: Reference) -> dict[str, Any]:
         "y1": reference.value,
         "line": style,
     }
+
+
+def _shade(band: Band) -> dict[str, Any]:
+    """A shape stands at values of a logarithmic axis; only an annotation at their logarithms."""
+    whole = {"type": "rect", "yref": "paper", "y0": 0, "y1": 1, "layer": "below"}
+    return {**whole, "x0": band.start, "x1": band.end, "fillcolor": "rgba(128,128,128,0.13)", "line": {"width": 0}}
+
+
+def _heading(band: Band, axis: Axis) -> dict[str, Any]:
+    x = math.log10(band.start) if axis.scale == "log" else band.start
+    place = {"x": x, "xanchor": "left", "yref": "paper", "y": 1, "yanchor": "top", "showarrow": False}
+    return {**place, "text": safe(band.label), "font": {"size": 11}}
 
 
 def _caption(reference: Reference, axis: Axis) -> dict[str, Any]:
