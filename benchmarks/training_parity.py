@@ -17,8 +17,9 @@ symbol, as everywhere in this project.
 A loss curve is a weak witness, because AdamW divides a gradient by its own size and so forgives a wrong constant factor. Every few steps
 ``gradient_difference`` therefore holds the gradients of both forms against each other at the weights that ``chunked`` has by then, in
 float64: ‖g_chunked − g_parallel‖ / ‖g_parallel‖, the largest over the parameters. ``rounding_parallel`` and ``rounding_chunked`` are what
-either form loses in float32 against float64 (of weights in float64, their rounding included). They jump to 1e-3 when rounding carries one neuron of one token over the edge of its relu,
-in either form, so that a comparison in float32 could not tell such a jump from a small error.
+either form loses in float32 against float64 (of weights in float64, their rounding included). They jump to 1e-3 when rounding carries
+one neuron of one token over the edge of its relu, in either form, so that a comparison in float32 could not tell such a jump from a
+small error.
 
 How far apart may two curves be that differ by nothing but rounding? ``loss_last_bit`` is the control: ``chunked`` once more, from weights
 that differ in their last bit. What it differs from ``loss_chunked`` by is the training's own sensitivity, not a form's. It is run in
@@ -156,7 +157,9 @@ def objections(steps: list[Step], precision: str) -> list[str]:
     wrong = [s for s in steps if s.gradient_difference is not None and not s.gradient_difference <= GRADIENT_LIMIT]
     found = []
     if apart:
-        found.append(f"losses differ by more than {limit:g} of themselves at {len(apart)} steps, first at {apart[0].step}")
+        found.append(
+            f"losses differ by more than {limit:g} of themselves at {len(apart)} steps, first at {apart[0].step}"
+        )
     if wrong:
         found.append(
             f"gradients differ by more than {GRADIENT_LIMIT:g} at steps {', '.join(str(s.step) for s in wrong)}"
@@ -227,9 +230,7 @@ def main() -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     documents = open_corpus("stdlib" if arguments.data == "stdlib" else f"path:{arguments.data}").part("train")
-    recipe = published_recipe(
-        arguments.steps, arguments.batch, arguments.context, arguments.seed, arguments.precision
-    )
+    recipe = published_recipe(arguments.steps, arguments.batch, arguments.context, arguments.seed, arguments.precision)
     done: list[Step] = []
     for one in compare(arguments.model, recipe, documents, arguments.look_every):
         done.append(one)
