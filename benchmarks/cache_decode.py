@@ -20,20 +20,18 @@ A cache at depth is a short text repeated: what it holds does not change the tim
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from engine import Figure, figure, seconds, write  # type: ignore[import-not-found]  # beside this file
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from bdh_bench.loading import load_model
-from bdh_bench.measure.host import environment
 
 _SHALLOW, _DEEP = 1024, 8192
 _COPIED = 128 * 2**20  # float32 elements: 512 MiB
@@ -48,19 +46,6 @@ _WINDOWS = ("llama@25m:window=1024", "llama@25m:sinks=4:window=1024")
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One line of the table. ``value`` is the median over rounds, ``low`` and ``high`` their extremes."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    rounds: int
-    goal: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
 class Round:
     """Seconds per token of each side and bytes per second of the machine, one after the other."""
 
@@ -69,18 +54,6 @@ class Round:
     concatenating: float
     copied: float
     summed: float
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def figure(name: str, values: list[float], goal: str, note: str = "") -> Figure:
-    """Median and extremes."""
-    return Figure(name, sorted(values)[len(values) // 2], min(values), max(values), len(values), goal, note)
 
 
 @torch.inference_mode()
@@ -219,19 +192,6 @@ def main() -> None:
             )
     if arguments.csv:
         write(arguments.csv, done)
-
-
-def write(path: Path, figures: list[Figure]) -> None:
-    """The table as CSV, with the machine in a comment above it."""
-    facts = environment()
-    versions = " ".join(f"{name} {value}" for name, value in facts["versions"].items())
-    with path.open("w", encoding="utf-8", newline="") as file:
-        print(f"# {facts['cpu']}, {torch.get_num_threads()} threads, Python {facts['python']}, {versions}", file=file)
-        writer = csv.DictWriter(file, [f.name for f in fields(Figure)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in asdict(one).items()} for one in figures
-        )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import torch
 from bdh_bench import load_model
 
 _PATH = Path(__file__).parents[1] / "benchmarks" / "cache_decode.py"
+sys.path.insert(0, str(_PATH.parent))  # it imports its neighbour, as when it is run
 _SPEC = importlib.util.spec_from_file_location("cache_benchmark", _PATH)
 assert _SPEC is not None
 bench = importlib.util.module_from_spec(_SPEC)
 sys.modules["cache_benchmark"] = bench
 _SPEC.loader.exec_module(bench)  # type: ignore[union-attr]
+sys.path.remove(str(_PATH.parent))
 
 _SMALL = "llama:d_model=32:n_layer=2:n_head=4"
 

@@ -316,6 +316,24 @@ def test_what_cannot_be_learnt_reaches_the_cap_and_says_so() -> None:
     assert report["steps"] == 100
 
 
+def test_a_lucky_look_does_not_end_practice() -> None:
+    """As it did for a model of recall that ended at 0.99 of its validation answers and had 0.97 of the test's right."""
+
+    class Always(Parrot):
+        identity, cap, lucky = "always 104", 16 * 100, 99
+
+        def batch(self, split: str, index: int) -> tuple[Any, Any]:
+            tokens, answers = super().batch(split, index)
+            right = split == "train" or index < self.lucky
+            return tokens, np.where(answers == NO_ANSWER, NO_ANSWER, 104 if right else 105)
+
+    class Once(Always):
+        identity, lucky = "104 in the batches of the first look", 4
+
+    assert _practised(Always())[1]["mastered"]
+    assert not _practised(Once())[1]["mastered"]
+
+
 def test_exercises_bring_a_rate_that_a_name_or_a_run_may_overrule() -> None:
     class Slow(Parrot):
         identity, cap = "slow", 16 * 100

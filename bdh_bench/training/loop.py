@@ -383,7 +383,8 @@ def piece_loss(model: Any, pieces: Tensor) -> Tensor:
 
 
 def _mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    wide = torch.promote_types(logits.dtype, torch.float32)  # float64 stays what it is
+    return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:

@@ -2,7 +2,8 @@
 enough or the cap is reached.
 
 Only answers count in the loss. Every model sees the same examples in the same order. On validation examples, which are never practised,
-accuracy decides when practice ends; it is not a result. Where a task asks for it, some of the steps go on with the text that the model
+accuracy decides when practice ends; it is not a result. Who looks often enough is lucky once, so that practice ends only where as many
+other examples confirm it. Where a task asks for it, some of the steps go on with the text that the model
 was trained on, so that practice does not cost it its language.
 
 Legend: B examples per step, T tokens.
@@ -91,16 +92,16 @@ class Drill:
 
     def mastered(self) -> bool:
         self.model.eval()
-        accuracy = self.grade()[0]
+        confirmed = all(self.grade(first)[0] >= self.exercises.enough for first in (0, _VALIDATION_BATCHES))
         self.model.train()
-        return accuracy >= self.exercises.enough
+        return confirmed
 
     @torch.inference_mode()
-    def grade(self) -> tuple[float, float]:
-        """Accuracy and bits per answer on the validation examples."""
+    def grade(self, first: int = 0) -> tuple[float, float]:
+        """Accuracy and bits per answer on the validation examples from batch ``first`` on."""
         right = asked = 0
         nats = 0.0
-        for index in range(_VALIDATION_BATCHES):
+        for index in range(first, first + _VALIDATION_BATCHES):
             tokens, answers = self.exercises.batch("validation", index)
             logits, wanted = _answered(self.model, tokens, answers)
             right += int((logits.argmax(-1) == wanted).sum())
