@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,7 @@ def _microjoules(path: Path) -> float:
 
 def _nvml(device: str) -> tuple[Counter, ...]:
     try:
-        import pynvml  # what the package nvidia-ml-py installs
-
+        pynvml = import_module("pynvml")  # what the package nvidia-ml-py installs
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
         _millijoules(pynvml, handle)
