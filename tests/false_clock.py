@@ -35,7 +35,7 @@ class FalseClock:
         self.used["voluntary"] += voluntary
 
     def clocks(self) -> Clocks:
-        return Clocks(self.look, lambda: Usage(**self.used))
+        return Clocks(self.look, lambda: Usage(**self.used), sleep=self.lose)
 
 
 class Timed(toy.Model):

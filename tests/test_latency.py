@@ -55,16 +55,16 @@ def _values(rows: list[Measurement]) -> list[float]:
 
 def test_prefill_and_steps_have_the_times_of_a_known_model() -> None:
     clock, facts = FalseClock(), dict[str, Any]()
-    found = _go(Timed(clock), replace(_SMOKE, budget="full"), clock.clocks(), facts=facts)
-    assert _values(found["prefill_s"]) == pytest.approx([0.0064] * len(found["prefill_s"]))
+    found = _go(Timed(clock, 1e-3, 0.02), replace(_SMOKE, budget="full", prefills=20), clock.clocks(), facts=facts)
+    assert _values(found["prefill_s"]) == pytest.approx([0.064] * len(found["prefill_s"]))
     assert _values(found["ttft_s"]) == pytest.approx(_values(found["prefill_s"]))
-    assert _values(found["tpot_s"]) == pytest.approx([0.002] * len(found["tpot_s"]))
-    assert _values(found["tpot_by_difference_s"]) == pytest.approx([0.002])
+    assert _values(found["tpot_s"]) == pytest.approx([0.02] * len(found["tpot_s"]))
+    assert _values(found["tpot_by_difference_s"]) == pytest.approx([0.02])
     assert {row.status for rows in found.values() for row in rows if row.value is not None} == {"ok"}
     assert {row.context for rows in found.values() for row in rows} == {64}
     kept = facts["timing"]
     assert (kept["budget"], kept["warm_up_s"], kept["measure_s"]) == ("full", 3.0, 5.0)
-    for phase, call_s in (("prefill", 0.0064), ("decode", 0.002)):
+    for phase, call_s in (("prefill", 0.064), ("decode", 0.02)):
         assert kept[phase]["steady"]
         assert kept[phase]["calls"] * call_s >= 5.0
         assert kept[phase]["warm_up_s"] >= 3.0

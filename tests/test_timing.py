@@ -186,7 +186,7 @@ def test_usage_counts_this_thread() -> None:
 
 
 def test_clocks_are_read_in_one_place() -> None:
-    """The heartbeat of the progress display measures nothing; everybody else asks ``measure``."""
+    """The heartbeat of the progress display measures nothing, the selftest examines the clocks; everybody else asks ``measure``."""
     clocks = {
         "perf_counter",
         "perf_counter_ns",
@@ -198,7 +198,7 @@ def test_clocks_are_read_in_one_place() -> None:
         "thread_time",
     }
     for path in _PACKAGE.rglob("*.py"):
-        if path.parent.name == "measure" or path.name == "progress.py":
+        if path.parent.name in ("measure", "selftest") or path.name == "progress.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "time":

@@ -45,8 +45,9 @@ def usage() -> Usage:
 
 @dataclass(frozen=True)
 class Clocks:
-    """Monotonic nanoseconds, what the process has used, and ``settle``: wait until the device has done what it was told."""
+    """Monotonic nanoseconds, what the process has used, and two ways to wait: ``settle`` until the device has done what it was told."""
 
     now_ns: Callable[[], int] = time.perf_counter_ns
     usage: Callable[[], Usage] = usage
     settle: Callable[[], object] = lambda: None
+    sleep: Callable[[float], object] = time.sleep

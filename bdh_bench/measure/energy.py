@@ -9,9 +9,9 @@ subtracted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,7 @@ def _microjoules(path: Path) -> float:
 
 def _nvml(device: str) -> tuple[Counter, ...]:
     try:
-        import pynvml  # what the package nvidia-ml-py installs
-
+        pynvml = import_module("pynvml")  # what the package nvidia-ml-py installs
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(int(device.partition(":")[2] or 0))
         _millijoules(pynvml, handle)
@@ -101,11 +100,10 @@ def spent(
     sources: Sequence[Counter],
     clocks: Clocks,
     least_s: float = LEAST_S,
-    sleep: Callable[[float], object] = time.sleep,
 ) -> Energy:
     """``work`` again and again for ``least_s`` (it returns how many calls it made), after a while of doing nothing."""
     clocks.settle()
-    idle, _ = _while(lambda: int(bool(sleep(IDLE_S))), sources, clocks, IDLE_S)
+    idle, _ = _while(lambda: int(bool(clocks.sleep(IDLE_S))), sources, clocks, IDLE_S)
     used, calls = _while(work, sources, clocks, least_s)
     return Energy(used[0], used[1], calls, idle[0] / idle[1], ", ".join(c.name for c in sources))
 

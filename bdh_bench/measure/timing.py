@@ -80,8 +80,7 @@ class Window:
 
     def each_s(self, part: int = -1) -> NDArray[np.float64]:
         """Seconds of a call, by sample, from its start until behind that part."""
-        seconds: NDArray[np.float64] = (self.stamps[:, part] - self.stamps[:, 0]) * (1e-9 / self.block)
-        return seconds
+        return np.asarray((self.stamps[:, part] - self.stamps[:, 0]) * (1e-9 / self.block), dtype=np.float64)
 
 
 def timed(
