@@ -43,6 +43,8 @@ _NORMAL = NormalDist()
 #: Of a median of many normal values against their mean: √(π/2).
 _MEDIAN_SPREAD = math.sqrt(math.pi / 2)
 _MAD_TO_SIGMA = 1.4826
+#: Of so many quantities intervals are made to see how wide they are.
+_NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,11 @@ def noise_of(quantities: Sequence[Rounds]) -> float | None:
         left = left - np.median(left, axis=0)
     sigma = _MAD_TO_SIGMA * float(np.median(np.abs(left))) * math.sqrt(freedom)
     apart = _NORMAL.inv_cdf((1 + LEVEL) / 2) * math.sqrt(2) * _MEDIAN_SPREAD * sigma / math.sqrt(n)
-    halves = [_half_width({name: q[name] for name in names}, other) for q, other in zip(chosen, chosen[1:] + chosen[:1])]
+    few_of = chosen[:_NEIGHBOURS]
+    halves = [
+        _half_width({name: q[name] for name in names}, other)
+        for q, other in zip(few_of, few_of[1:] + few_of[:1], strict=True)
+    ]
     return math.expm1(apart + float(np.quantile(halves, 0.9)))
 
 
