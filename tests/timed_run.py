@@ -41,7 +41,8 @@ def records(
     """Windows as stored rows."""
     plain = Record(
         run="timed", cell=f"{model}/{context}", attempt=1, model=model, family=model.split("@")[0], size="", task="latency", seed=0,
-        metric=metric, metric_id=metric, value=None, context=context, batch_size=1, axes={"runtime": "eager"}, sample="", weight=1.0, repeat=0, status="ok", reason="", weights="random", facts={},
+        metric=metric, metric_id=metric, value=None, context=context, batch_size=1, axes={"runtime": "eager"}, sample="", weight=1.0,
+        repeat=0, status="ok", reason="", weights="random", facts={},
     )  # fmt: skip
     return [
         replace(plain, value=float(value), repeat=i, round=number, **changes)

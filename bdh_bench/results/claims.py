@@ -18,6 +18,7 @@ from bdh_bench.results.assessment import Assessment, assess
 from bdh_bench.results.comparisons import Comparison, headline
 from bdh_bench.results.contenders import QUALITY, TRANSFORMER, Facts
 from bdh_bench.results.decisions import RANKING, SEEDS_TO_RANK, Why
+from bdh_bench.results.depth import crossing_sentence
 from bdh_bench.results.display import count, number, quantity, signed, signed_interval
 from bdh_bench.results.extrapolation import WORSE_BY, Sweep
 from bdh_bench.results.rounds import point_of
@@ -433,6 +434,10 @@ def _latency(known: Assessment) -> Iterator[Claim]:
             made = [s for s in made if not s.best_of_each]
             if made:
                 yield _speed(known.facts, max(made, key=lambda s: (s.first.context, -s.first.batch_size)), what)
+    for crossing in known.time_crossings:
+        if crossing.found.rounds > 1:  # of a single round the ratio above says all there is
+            kind: Kind = "measured" if crossing.found.decided else "not decided"
+            yield Claim(crossing_sentence(known.facts, crossing), crossing.cells, "this machine", kind, "time")
 
 
 def _speed(facts: Facts, s: SpeedComparison, what: str) -> Claim:
@@ -549,13 +554,14 @@ def _open(
         yield undecided("Quality: no two models scored the same bytes.")
     if not memory:
         yield undecided("Bytes: the state was not measured.")
-    open_times = [claim for claim in latency if claim.kind == "not decided"]
+    ratios = [claim for claim in latency if claim.short]  # the others say where curves cross
+    open_times = [claim for claim in ratios if claim.kind == "not decided"]
     if open_times and all("single round" in claim.text for claim in open_times):
         yield undecided("Which model is faster: one round in one process is no ranking.", latency, "this machine")
     elif open_times:
-        text = f"Which model is faster in {len(open_times)} of {len(latency)} comparisons."
+        text = f"Which model is faster in {len(open_times)} of {len(ratios)} comparisons."
         yield undecided(text, open_times, "this machine")
-    elif not latency:
+    elif not ratios:
         yield undecided("Time: no two models were timed at the same context.")
     longest = max((p.context for p in facts.points if p.value is not None), default=0)
     if longest:

@@ -93,16 +93,22 @@ def speeds_of(facts: Facts, timed: Sequence[Timed] | None = None) -> tuple[Speed
     """Every pair of the run's models whose times are their own, at every load that both were timed at."""
     timed = timed_of(facts.run) if timed is None else timed
     noise = noise_by_load(timed)
-    machines = set(facts.machines())
-    pairs = [pair for pair in facts.pairs() if set(pair) <= machines]
     found = []
-    for first, second in pairs:
+    for first, second in comparable_pairs(facts):
         ours, theirs = ([t for t in timed if t.model == model] for model in (first, second))
         same = [(a, b, False) for a in ours for b in theirs if a.load == b.load]
         for a, b, best in (*same, *((a, b, True) for a, b in _best_of_each(ours, theirs))):
             made = _compared(a, b, max((n for t in (a, b) if (n := noise[_pool(t)]) is not None), default=None), best)
             found += [made] if made else []
     return tuple(found)
+
+
+def comparable_pairs(facts: Facts) -> list[tuple[str, str]]:
+    """The pairs whose times can differ, and whose tokens are the same: those of different vocabularies are not comparable."""
+    machines = set(facts.machines())
+    sizes = {c.model: size for c in facts.run.cells if (size := finite(c.facts.get("vocab_size"))) is not None}
+    pairs = [pair for pair in facts.pairs() if set(pair) <= machines]
+    return [(a, b) for a, b in pairs if sizes.get(a, sizes.get(b)) == sizes.get(b, sizes.get(a))]
 
 
 def _compared(a: Timed, b: Timed, noise: float | None, best: bool) -> SpeedComparison | None:
