@@ -1,7 +1,7 @@
 """The command line: it parses, calls, and prints; it decides nothing.
 
 stdout is data, stderr is progress and messages. Exit codes: 0 all cells have a result; 1 internal error; 2 usage; 3 finished with
-failed cells; 5 nothing measured; 6 a correctness gate failed; 7 unfit host under --strict-host; 130 Ctrl-C (the store stays consistent).
+failed cells; 4 a regression; 5 nothing measured or compared; 6 a correctness gate failed; 7 unfit host under --strict-host; 130 Ctrl-C (the store stays consistent).
 """
 
 from __future__ import annotations
@@ -715,6 +715,32 @@ def doctor(
         _say(f"noise: {examination.noise.grade}" + ("" if examination.fit else "; unfit to measure on"))
     if strict_host and not examination.fit:
         raise typer.Exit(7)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="The run before: id or folder.")],
+    second: Annotated[list[str], typer.Argument(metavar="B…", help="The run after; several confirm each other.")],
+    fail_on: Annotated[
+        str, typer.Option("--fail-on", help="METRIC:SHARE, comma-separated: how much worse each may get, tpot_s:5%.")
+    ] = "",
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """What changed between two runs on one machine; exit code 4 for a regression, 5 where nothing can be compared."""
+    from bdh_bench import columns
+    from bdh_bench.results import regression
+
+    rules = regression.parse_rules(fail_on)
+    report = regression.compare(_open(runs, first), [_open(runs, name) for name in second], rules)
+    if json_:
+        status = {0: "ok", 4: "failed"}.get(report.exit_code, "partial")
+        _print_json("compare", status, regression.as_json(report))
+    else:
+        columns.show([row for _, row in regression.comparison_rows(report)], right=("context", "before", "after"))
+        _say(report.refused or f"{len(report.changes)} points compared, {len(report.regressions)} regressions")
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
 
 
 def _open(root: Path, name: str | None) -> Run:
