@@ -241,13 +241,15 @@ def report(
     static: Annotated[bool, typer.Option("--static", help="A small page for archives, with pictures only.")] = False,
     figures: Annotated[bool, typer.Option("--figures", help="Every figure as SVG, PDF and PNG too.")] = False,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="A run to compare with, in a table.")] = None,
     json_: Json = False,
 ) -> None:
     """Write one HTML file that opens from disk; report.md, summary.md, report.json and results.csv beside it."""
     from bdh_bench.results.report.write import write_report
 
     stored = _open(runs, run)
-    written = write_report(stored, output or stored.path / "report.html", static, figures)
+    before = _open(runs, baseline) if baseline else None
+    written = write_report(stored, output or stored.path / "report.html", static, figures, before)
     if open_:
         import webbrowser
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hf_zoo import ZOO
@@ -18,7 +19,7 @@ from bdh_bench.footprint import needs_of
 from bdh_bench.loading import load_model
 from bdh_bench.models._hf_shapes import header_elements
 from bdh_bench.results.capacity import Needs, Wish, as_row, capacity_of
-from bdh_bench.results.store import Run
+from bdh_bench.results.store import RoundOutcome, Run
 from bdh_bench.session import storage_bytes
 from bdh_bench.spec import parse_seconds, parse_tokens
 
@@ -70,13 +71,34 @@ def test_the_limit_that_fails_is_named() -> None:
 def test_measurements_come_first_and_are_interpolated_inside_the_grid() -> None:
     run = measured()
     at = capacity_of(NEEDS, Wish(230 * MIB, 1024), run)
-    assert (at.streams, at.streams_by, at.limit) == (14, "measured", "memory")  # 15 would fit; straight in log-log errs low
+    assert (at.streams, at.streams_by, at.limit) == (
+        14,
+        "measured",
+        "memory",
+    )  # 15 would fit; straight in log-log errs low
     assert at.tokens_per_s == pytest.approx(14 / 0.0034, rel=0.03)
     between = capacity_of(NEEDS, Wish(230 * MIB, 2048), run)
     assert between.streams is not None
     assert 8 <= between.streams <= 13
     slow = capacity_of(NEEDS, Wish(2**40, 1024, latency=0.0024), run)
     assert (slow.streams, slow.limit) == (4, "latency")
+
+
+def test_the_latency_is_held_against_the_95th_percentile_of_single_steps(tmp_path: Path) -> None:
+    """One step in ten takes 10 ms: the median step says nothing of it."""
+    run = measured()
+    spent = np.where(np.arange(320) % 10 == 0, 10_000_000, 2_000_000)
+    stamps = np.stack([np.zeros(320, dtype=np.int64), spent], 1).reshape(5, 64, 2)
+    folder = tmp_path / "cells" / "x" / "1-1"
+    folder.mkdir(parents=True)
+    np.savez(folder / "decode.npz", stamps_ns=stamps, block=np.array(1))
+    outcome = (RoundOutcome(1, "ok", "", 1, 1, {}, files="x/1-1"),)
+    cells = tuple(replace(cell, rounds=outcome) if cell.metric == "tpot_s" else cell for cell in run.cells)
+    stored = replace(run, cells=cells, path=tmp_path)
+    wish = Wish(2**40, 1024, latency=0.009)
+    assert capacity_of(NEEDS, wish, run).streams == 16
+    late = capacity_of(NEEDS, wish, stored)
+    assert (late.streams, late.limit) == (0, "latency")
 
 
 @pytest.mark.parametrize("context", [512, 8192])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,6 @@ from bdh_bench.results.figures import figures_of
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.speed import timed_of
-from bdh_bench.results.steps import steps_table
-from bdh_bench.results.store import RoundOutcome
 from bdh_bench.results.tables import points_of
 
 GRID = (1024, 2048, 4096, 8192)
@@ -128,22 +125,3 @@ def test_pictures_have_slopes_ribbons_and_speeds() -> None:
     assert crossing
     assert crossing[0].kind == "measured"
     assert "beyond it bdh is faster" in crossing[0].text
-
-
-def test_steps_are_read_from_their_stamps(tmp_path: Path) -> None:
-    run = replace(timed_run({"bdh": {1024: 0.006}}), path=tmp_path)
-    spent = np.arange(1, 101) * 1_000_000  # 1 to 100 ms
-    starts = np.concatenate([[0], np.cumsum(spent)[:-1]])
-    stamps = np.stack([starts, starts + spent], 1).reshape(4, 25, 2)
-    for number, block in ((1, 1), (2, 1)):
-        folder = tmp_path / "cells" / f"bdh/{number}-1"
-        folder.mkdir(parents=True)
-        np.savez(folder / "decode.npz", stamps_ns=stamps, block=np.array(block), warm_up_stamps_ns=stamps * 9)
-    outcomes = tuple(RoundOutcome(i, "ok", "", 1, 1, {}, files=f"bdh/{i}-1") for i in (1, 2, 3))
-    cells = tuple(replace(cell, rounds=outcomes) for cell in run.cells)
-    (row,) = steps_table(replace(run, cells=cells), {}).rows
-    assert [entry.text for entry in row[2:]] == ["1,024", "50.5 ms", "95 ms", "99 ms", "100 ms", "200", "2"]
-    np.savez(tmp_path / "cells" / "bdh/1-1" / "decode.npz", stamps_ns=stamps, block=np.array(10))
-    (row,) = steps_table(replace(run, cells=cells), {}).rows
-    assert row[3].text == "—"
-    assert "blocks of 10" in row[3].note

@@ -149,3 +149,12 @@ def test_the_command_line_has_its_exit_codes(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["compare", *names])
     assert refused.exit_code == 5
     assert "different hardware" in refused.output
+
+
+def test_a_report_has_a_table_against_its_baseline() -> None:
+    from bdh_bench.results.report.page import content_of
+
+    table = content_of(made(0.0044, 1), made(0.004, 0, name="before")).tables[-1]
+    assert table.title == "Against the baseline before"
+    assert table.rows[0][6].text.startswith("1.1")
+    assert table.rows[0][7].text == "no regression"

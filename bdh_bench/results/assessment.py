@@ -22,7 +22,6 @@ from bdh_bench.results.fairness import Card, card_of, fairness_table
 from bdh_bench.results.gates import gates_of
 from bdh_bench.results.speed import SpeedComparison, speed_as_json, speed_tables, speeds_of, timed_of
 from bdh_bench.results.state_crossover import state_crossover_table
-from bdh_bench.results.steps import steps_table
 from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import Sufficiency, sufficiency_of
 from bdh_bench.results.tables import Point, Table, points_of
@@ -60,7 +59,6 @@ class Assessment:
             state_crossover_table(self.facts, self.card.crossovers, self.card.axis),
             *speed_tables(self.facts, self.speeds),
             *depth_tables(self.facts, self.curves, self.time_crossings),
-            steps_table(self.facts.run, self.facts.names),
             replace(fairness_table(self.card, self.facts), detail=True),
         )
         return tuple(table for table in found if table.rows and len(table.columns) > 1)

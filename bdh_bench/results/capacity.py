@@ -20,13 +20,14 @@ from typing import Any, Literal
 import numpy as np
 
 from bdh_bench.results.display import GAP, count, number, quantity
+from bdh_bench.results.reductions import BETWEEN, derived_records
 from bdh_bench.results.rounds import grouped, point_of
-from bdh_bench.results.steps import steps_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import finite
 
 Basis = Literal["measured", "formula", "not measured"]
 _FOOTPRINT, _STEP = "peak_footprint_bytes", "tpot_s"
+_ROUNDING = 1 + 1e-9  # a value read at a measured place is what was measured
 #: (batch, context) → value
 Grid = Mapping[tuple[int, int], float]
 
@@ -159,14 +160,12 @@ def grid_of(run: Run, model: str, metric: str) -> dict[tuple[int, int], float]:
 
 
 def tails_of(run: Run, model: str) -> dict[tuple[int, int], float]:
-    """(batch, context) → the 95th percentile of single steps, where they were stamped one by one."""
-    batches = {r.cell: r.batch_size for r in run.records if r.model == model and r.metric == _STEP}
-    found: dict[tuple[int, int], float] = {}
-    for s in steps_of(run):
-        if s.cell.model == model and s.block == 1 and s.cell.key in batches and s.cell.context:
-            at = (batches[s.cell.key], s.cell.context)
-            found[at] = min(found.get(at, math.inf), s.quantiles[1])
-    return found
+    """(batch, context) → the 95th percentile of single steps, the median over rounds, where they were stamped one by one."""
+    steps = tuple(r for r in run.records if r.model == model and r.metric == _STEP)
+    rows = [
+        r for r in derived_records(replace(run, records=steps)) if r.metric == BETWEEN and r.axes["quantile"] == "p95"
+    ]
+    return grid_of(replace(run, records=tuple(rows)), model, BETWEEN)
 
 
 def _over_batches(grid: Grid, context: int) -> dict[int, float]:
@@ -195,7 +194,7 @@ def _largest(curve: Mapping[int, float], most: float, what: str) -> tuple[int | 
         if batches[0] > 1:
             return None, f"{what} ends below the smallest measured batch, {batches[0]}"
         return 0, what
-    fits = next(b for b in range(batches[-1], batches[0] - 1, -1) if (v := _read(curve, b)) is not None and v <= most)
+    fits = next(b for b in range(batches[-1], batches[0] - 1, -1) if (v := _read(curve, b)) is not None and v <= most * _ROUNDING)
     if fits == batches[-1]:
         return fits, f"none met: {count(fits)} is the largest measured batch"
     return fits, what

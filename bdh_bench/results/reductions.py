@@ -76,7 +76,7 @@ def derived_records(run: Run) -> Iterator[Record]:
         for one in cell.rounds:
             steps = [r for r in own if r.metric == STEP and r.round == one.round]
             if steps and one.files:
-                yield from between_tokens(_arrays(run.path / "cells" / one.files / "decode.npz"), steps)
+                yield from between_tokens(arrays_at(run.path / "cells" / one.files / "decode.npz"), steps)
 
 
 # -- stored arrays -----------------------------------------------------------------------------------------------------
