@@ -79,7 +79,7 @@ def test_measurements_come_first_and_are_interpolated_inside_the_grid() -> None:
     assert at.tokens_per_s == pytest.approx(14 / 0.0034, rel=0.03)
     between = capacity_of(NEEDS, Wish(230 * MIB, 2048), run)
     assert between.streams is not None
-    assert 8 <= between.streams <= 13
+    assert 6 <= between.streams <= 10  # the truth is 10, and a chord in log-log never says more
     slow = capacity_of(NEEDS, Wish(2**40, 1024, latency=0.0024), run)
     assert (slow.streams, slow.limit) == (4, "latency")
 

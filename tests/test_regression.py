@@ -156,5 +156,5 @@ def test_a_report_has_a_table_against_its_baseline() -> None:
 
     table = content_of(made(0.0044, 1), made(0.004, 0, name="before")).tables[-1]
     assert table.title == "Against the baseline before"
-    assert table.rows[0][6].text.startswith("1.1")
+    assert table.rows[0][6].text.startswith("1.099 [")
     assert table.rows[0][7].text == "no regression"

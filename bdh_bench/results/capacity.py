@@ -194,7 +194,11 @@ def _largest(curve: Mapping[int, float], most: float, what: str) -> tuple[int | 
         if batches[0] > 1:
             return None, f"{what} ends below the smallest measured batch, {batches[0]}"
         return 0, what
-    fits = next(b for b in range(batches[-1], batches[0] - 1, -1) if (v := _read(curve, b)) is not None and v <= most * _ROUNDING)
+    fits = next(
+        b
+        for b in range(batches[-1], batches[0] - 1, -1)
+        if (v := _read(curve, b)) is not None and v <= most * _ROUNDING
+    )
     if fits == batches[-1]:
         return fits, f"none met: {count(fits)} is the largest measured batch"
     return fits, what

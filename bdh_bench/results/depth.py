@@ -118,11 +118,14 @@ def curves_of(timed: Sequence[Timed]) -> list[DepthCurve]:
             groups.setdefault((t.model, t.task, t.batch_size, t.axes), []).append(t)
     return [
         DepthCurve(
-            *key,
+            model,
+            task,
+            batch,
+            axes,
             {t.context: t.rounds for t in sorted(group, key=lambda t: t.context)},
             tuple(dict.fromkeys(cell for t in group for cell in t.cells)),
         )
-        for key, group in groups.items()
+        for (model, task, batch, axes), group in groups.items()
     ]
 
 

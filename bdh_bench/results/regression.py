@@ -130,11 +130,8 @@ def compare(first: Run, second: Sequence[Run], rules: Sequence[Rule] = ()) -> Re
 
 def unlike(first: Run, second: Run) -> str:
     """Why the machines of two runs are not the same; "" where they are."""
-    for what, names, of in (
-        ("environment", _HARDWARE, lambda run: run.manifest.get("environment")),
-        ("spec", _SETTINGS, lambda run: run.manifest.get("spec")),
-    ):
-        one, two = (_mapping(of(run)) for run in (first, second))
+    for what, names in (("environment", _HARDWARE), ("spec", _SETTINGS)):
+        one, two = (_mapping(run.manifest.get(what)) for run in (first, second))
         for name in names:
             if one.get(name) != two.get(name):
                 return f"different hardware: {what} {name} is {one.get(name)!r} in {first.id} and {two.get(name)!r} in {second.id}"

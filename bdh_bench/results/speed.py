@@ -80,12 +80,17 @@ def timed_of(run: Run) -> list[Timed]:
             groups.setdefault(key, []).append(r)
     return [
         Timed(
-            *key,
+            model,
+            task,
+            metric,
+            context,
+            batch,
+            axes,
             grouped(((r.seed, r.round), float(r.value or 0)) for r in rows),
             tuple(dict.fromkeys(r.cell for r in rows)),
             tuple(sorted({r.status for r in rows} - {"ok"})),
         )
-        for key, rows in groups.items()
+        for (model, task, metric, context, batch, axes), rows in groups.items()
     ]
 
 
