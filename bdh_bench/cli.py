@@ -1,7 +1,8 @@
 """The command line: it parses, calls, and prints; it decides nothing.
 
 stdout is data, stderr is progress and messages. Exit codes: 0 all cells have a result; 1 internal error; 2 usage; 3 finished with
-failed cells; 5 nothing measured; 6 a correctness gate failed; 7 unfit host under --strict-host; 130 Ctrl-C (the store stays consistent).
+failed cells; 4 a regression; 5 nothing measured or compared; 6 a correctness gate failed; 7 unfit host
+under --strict-host; 130 Ctrl-C (the store stays consistent).
 """
 
 from __future__ import annotations
@@ -240,13 +241,15 @@ def report(
     static: Annotated[bool, typer.Option("--static", help="A small page for archives, with pictures only.")] = False,
     figures: Annotated[bool, typer.Option("--figures", help="Every figure as SVG, PDF and PNG too.")] = False,
     open_: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="A run to compare with, in a table.")] = None,
     json_: Json = False,
 ) -> None:
     """Write one HTML file that opens from disk; report.md, summary.md, report.json and results.csv beside it."""
     from bdh_bench.results.report.write import write_report
 
     stored = _open(runs, run)
-    written = write_report(stored, output or stored.path / "report.html", static, figures)
+    before = _open(runs, baseline) if baseline else None
+    written = write_report(stored, output or stored.path / "report.html", static, figures, before)
     if open_:
         import webbrowser
 
@@ -715,6 +718,71 @@ def doctor(
         _say(f"noise: {examination.noise.grade}" + ("" if examination.fit else "; unfit to measure on"))
     if strict_host and not examination.fit:
         raise typer.Exit(7)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="The run before: id or folder.")],
+    second: Annotated[list[str], typer.Argument(metavar="B…", help="The run after; several confirm each other.")],
+    fail_on: Annotated[
+        str, typer.Option("--fail-on", help="METRIC:SHARE, comma-separated: how much worse each may get, tpot_s:5%.")
+    ] = "",
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """What changed between two runs on one machine; exit code 4 for a regression, 5 where nothing can be compared."""
+    from bdh_bench import columns
+    from bdh_bench.results import regression
+
+    rules = regression.parse_rules(fail_on)
+    report = regression.compare(_open(runs, first), [_open(runs, name) for name in second], rules)
+    if json_:
+        status = {0: "ok", 4: "failed"}.get(report.exit_code, "partial")
+        _print_json("compare", status, regression.as_json(report))
+    else:
+        columns.show([row for _, row in regression.comparison_rows(report)], right=("context", "before", "after"))
+        _say(report.refused or f"{len(report.changes)} points compared, {len(report.regressions)} regressions")
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+_PLANNED = ",".join(f"{family}@{size}" for family in ("bdh", "llama", "mamba2") for size in ("10m", "100m", "1b"))
+
+
+@app.command()
+def plan(
+    memory: Annotated[str, typer.Option("--memory", help="Bytes there are: 80GiB.")],
+    context: Annotated[str, typer.Option("--context", help="Tokens of each stream: 4096, 128k.")],
+    models: Annotated[str, typer.Option("--models", help="NAME[@SIZE][:key=value]…, hf:./folder too.")] = _PLANNED,
+    latency: Annotated[str, typer.Option("--latency", help="Longest step: 50ms.")] = "",
+    price: Annotated[float, typer.Option("--price", help="Of the machine, per hour.")] = 0.0,
+    bandwidth: Annotated[str, typer.Option("--bandwidth", help="Of the memory, per second: 3120GiB.")] = "",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights, for formulae: float32, bfloat16.")] = "float32",
+    run: Annotated[str | None, typer.Option("--run", help="A run whose measurements count before formulae.")] = None,
+    runs: Runs = Path("runs"),
+    json_: Json = False,
+) -> None:
+    """How many streams fit a machine, and how many tokens per second they make: measured where a run has it, else by formula."""
+    from bdh_bench import columns
+    from bdh_bench.footprint import needs_of
+    from bdh_bench.results import capacity
+    from bdh_bench.spec import parse_bytes, parse_models, parse_seconds, parse_tokens
+
+    wish = capacity.Wish(
+        parse_bytes(memory),
+        parse_tokens(context),
+        parse_seconds(latency) if latency else None,
+        price or None,
+        float(parse_bytes(bandwidth)) if bandwidth else None,
+    )
+    stored = _open(runs, run) if run else None
+    names = [str(model) for model in parse_models(models)]
+    found = [capacity.capacity_of(needs_of(name, wish.context, dtype), wish, stored) for name in names]
+    if json_:
+        _print_json("plan", "ok", capacity.as_json(wish, found))
+    else:
+        columns.show([capacity.as_row(one) for one in found])
+        _say("measured: this machine's rows; formula: weights + streams · state, and no workspace")
 
 
 def _open(root: Path, name: str | None) -> Run:

@@ -19,7 +19,7 @@ from bdh_bench.errors import CheckpointError, SpecError
 from bdh_bench.spec import DEFAULT_SIZE, ModelSpec, parse_model
 from bdh_bench.weights import WeightsFile, fill, inspect, read_tensors
 
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
 def load_model(
@@ -34,8 +34,8 @@ def load_model(
     Without ``weights=PATH`` the weights are random, drawn from ``seed``. ``train_context`` (tokens) sets the position
     table of a model whose table follows the training context. Raises SpecError, UnknownNameError, CheckpointError.
     """
-    if dtype not in _DTYPES:
-        raise SpecError(f"got dtype {dtype!r} · expected one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise SpecError(f"got dtype {dtype!r} · expected one of {', '.join(DTYPES)}")
     spec = parse_model(spec) if isinstance(spec, str) else spec
     entry = registry.check(spec)
     module = registry.load("models", entry.name)
@@ -47,7 +47,7 @@ def load_model(
         model = build(module, config, seed)
     if tensors is not None:
         fill(model, tensors, str(path))
-    return model.to(device=device, dtype=_DTYPES[dtype]).eval()
+    return model.to(device=device, dtype=DTYPES[dtype]).eval()
 
 
 def resolve(

@@ -277,6 +277,22 @@ _TABLE = (
         "median",
     ),
     Metric(
+        "prefill_tokens_per_s",
+        "token/s",
+        "higher",
+        "prefill speed",
+        "Batch times context over prefill_s: made when results are read.",
+        "median",
+    ),
+    Metric(
+        "decode_tokens_per_s",
+        "token/s",
+        "higher",
+        "decoding speed of all streams",
+        "Batch over tpot_s: made when results are read, and what capacity is planned with.",
+        "median",
+    ),
+    Metric(
         "key_density",
         "share",
         "neither",

@@ -154,6 +154,23 @@ def parse_bytes(text: str) -> int:
     return int(found[1]) * factor
 
 
+def parse_tokens(text: str) -> int:
+    """``4096``, ``128k`` (131,072) or ``1M``. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d+)\s*(|k|K|M)\s*", text)
+    if not found or not int(found[1]):
+        raise SpecError(f"got {text!r} · expected a number of tokens", "for example 4096 or 128k")
+    factor: int = {"": 1, "k": 1024, "K": 1024, "M": 1024**2}[found[2]]
+    return int(found[1]) * factor
+
+
+def parse_seconds(text: str) -> float:
+    """``0.05``, ``50ms`` or ``2s``. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|s|ms|us|µs)\s*", text)
+    if not found or not float(found[1]):
+        raise SpecError(f"got {text!r} · expected a time", "for example 50ms or 0.05s")
+    return float(found[1]) * {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}[found[2]]
+
+
 def parse_tasks(text: str, known: Collection[str]) -> tuple[ModelSpec, ...]:
     """A comma-separated list of distinct tasks; ``known`` are the tasks there are. Raises SpecError as ``parse_models`` does."""
     parts: list[str] = []

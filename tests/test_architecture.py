@@ -37,6 +37,7 @@ _MAY_IMPORT = {
     "data": {"errors"},
     "sizing": {"errors", "spec"},
     "loading": {"errors", "spec", "registry", "sizing", "weights"},
+    "footprint": {"errors", "spec", "registry", "loading", "weights", "results"},
     "generation": {"errors", "spec", "registry", "loading", "session"},
     "models": {"errors", "types", "session", "kernels"},
     # tasks/lm_eval.py asks the adapter, and the adapter scores with tasks/_scoring.py: no circle between files (tested below)

@@ -40,21 +40,24 @@ def folder_of(name: str) -> Path | None:
     return None
 
 
-def read_config(name: str, revision: str) -> dict[str, Any]:
-    """The checkpoint's config.json. Raises SpecError or CheckpointError where there is none or it may not be used."""
+def read_config(name: str, revision: str, weights: bool = True) -> dict[str, Any]:
+    """The checkpoint's config.json. Raises SpecError or CheckpointError where there is none or it may not be used.
+
+    Without ``weights`` a folder that holds none is good too.
+    """
     folder = folder_of(name)
     if folder is not None:
         raw = _read_json(folder / "config.json")
     else:
         from transformers import PreTrainedConfig
 
-        with _refusals(name), _quiet():
+        with refusals(name), quiet():
             raw, _ = PreTrainedConfig.get_config_dict(name, revision=revision or None)
         if not raw:
             raise CheckpointError(f"{name}: no config.json", "give a folder as hf:./folder, or an ID of the hub")
     _check_code(name, raw)
     _check_kind(name, raw)
-    if folder is not None:
+    if folder is not None and weights:
         _check_files(name, folder)
     return raw
 
@@ -117,7 +120,7 @@ def load_module(name: str, revision: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     where = folder_of(name) or name
-    with _refusals(name), _quiet():
+    with refusals(name), quiet():
         module, info = AutoModelForCausalLM.from_pretrained(
             where,
             revision=revision or None,
@@ -153,7 +156,7 @@ def load_tokenizer(name: str, revision: str) -> Any:
     hint = "a model whose tokens are the bytes themselves: tokenizer=bytes"
     if folder is not None and not has_tokenizer(name):
         raise CheckpointError(f"{name}: no tokenizer in the folder · expected tokenizer.json", hint)
-    with _refusals(name), _quiet():
+    with refusals(name), quiet():
         tokenizer = AutoTokenizer.from_pretrained(
             folder or name, revision=revision or None, trust_remote_code=False, use_fast=True
         )
@@ -187,7 +190,7 @@ def checkpoint_digest(name: str, module: Any) -> str:
 
 
 @contextmanager
-def _refusals(name: str) -> Iterator[None]:
+def refusals(name: str) -> Iterator[None]:
     """Whatever the library raises for a checkpoint that it cannot use, as one of ours."""
     try:
         yield
@@ -209,7 +212,7 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no warnings, of the hub's retries either: a worker's output is read by a program."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging

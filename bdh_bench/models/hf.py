@@ -27,6 +27,7 @@ from bdh_bench.errors import CheckpointError, LawError, PositionLimitError, Spec
 from bdh_bench.models import _hf_files as files
 from bdh_bench.models._growing import GrowingMemory
 from bdh_bench.models._hf_paths import CACHED, TOLERANCE, Verification, verify
+from bdh_bench.models._hf_shapes import Shapes
 from bdh_bench.models._hf_state import Reader, memory_for
 from bdh_bench.models._hf_tokens import ByteSpans
 from bdh_bench.session import Memory, Streaming
@@ -272,6 +273,11 @@ class Model(Streaming, nn.Module):
                 module._buffers[name] = before.to(now.device)
         self._verified = None
         return self
+
+
+def without_weights(config: Config, dtype: torch.dtype) -> Shapes:
+    """What the checkpoint needs, from its config and the headers of its weights."""
+    return Shapes(config.name, config.revision, dtype)
 
 
 class _Text(GrowingMemory):

@@ -8,19 +8,21 @@ use context, no sentence about long contexts is written.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 from bdh_bench.results import statistics
 from bdh_bench.results.assessment import Assessment, assess
 from bdh_bench.results.comparisons import Comparison, headline
 from bdh_bench.results.contenders import QUALITY, TRANSFORMER, Facts
 from bdh_bench.results.decisions import RANKING, SEEDS_TO_RANK, Why
+from bdh_bench.results.depth import crossing_sentence
 from bdh_bench.results.display import count, number, quantity, signed, signed_interval
 from bdh_bench.results.extrapolation import WORSE_BY, Sweep
+from bdh_bench.results.rounds import point_of
+from bdh_bench.results.speed import SpeedComparison, ratio_text, verdict_text
 from bdh_bench.results.state_crossover import Census, StateCrossover, census_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import Point, finite
@@ -72,7 +74,7 @@ def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
     by_pair = [list(_quality(known, *pair)) for pair in facts.pairs()]
     quality = [claim for claims in by_pair for claim in claims]
     memory = list(_memory(known))
-    latency = list(_latency(facts))
+    latency = list(_latency(known))
     first = (*_training(known), *_signals(known), *_regimes(known))
     rest = (*_contexts(known), *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
     claims = (*quality, *first, *rest)
@@ -422,39 +424,37 @@ def _crossing(facts: Facts, c: StateCrossover) -> Claim:
     return Claim(text, c.cells, "state per stream", kind, "memory")
 
 
-def _latency(facts: Facts) -> Iterator[Claim]:
+def _latency(known: Assessment) -> Iterator[Claim]:
+    """Each pair at the longest context at which both were timed alike, least batch; decided by the ratio over paired rounds."""
     for metric, what in (("tpot_s", "per output token"), ("prefill_s", "for prefill")):
-        for first, second in _apart(facts):
-            pair = _same_load(facts.select(first, metric), facts.select(second, metric))
-            if pair:
-                yield _speed(facts, *pair, what)
+        for first, second in _apart(known.facts):
+            made = [
+                s for s in known.speeds if (s.first.model, s.second.model, s.first.metric) == (first, second, metric)
+            ]
+            made = [s for s in made if not s.best_of_each]
+            if made:
+                yield _speed(known.facts, max(made, key=lambda s: (s.first.context, -s.first.batch_size)), what)
+    for crossing in known.time_crossings:
+        if crossing.found.rounds > 1:  # of a single round the ratio above says all there is
+            kind: Kind = "measured" if crossing.found.decided else "not decided"
+            yield Claim(crossing_sentence(known.facts, crossing), crossing.cells, "this machine", kind, "time")
 
 
-def _same_load(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[Point, Point] | None:
-    """Both models at their longest common context with the same batch, seed and runtime."""
-    other: dict[tuple[Any, ...], Point] = {}
-    for point in theirs:
-        other.setdefault(_load(point), point)
-    pairs = [(p, other[_load(p)]) for p in ours if _load(p) in other]
-    return max(pairs, key=lambda pair: (pair[0].context, -pair[0].batch_size), default=None)
-
-
-def _load(point: Point) -> tuple[Any, ...]:
-    """What must be equal before two times are compared: not how a model decodes (its path), but whether it was compiled."""
-    return (point.context, point.batch_size, point.seed, dict(point.axes).get("runtime"))
-
-
-def _speed(facts: Facts, one: Point, two: Point, what: str) -> Claim:
-    ratio = float(one.value or 0) / float(two.value) if two.value else math.nan
-    marks = {p.status for p in (one, two)} - {"ok"}
-    text = (
-        f"At {count(one.context)} bytes of context {facts.label(one.model)} took {quantity(one.value, 's')} {what}, "
-        f"{facts.label(two.model)} {quantity(two.value, 's')} (ratio {number(ratio)}"
-        f"{''.join(f', {mark}' for mark in sorted(marks))}); single round: not decided."
-    )
-    short = f"at {count(one.context)} bytes {facts.label(one.model)} took {quantity(one.value, 's')} {what}, "
-    short += f"{facts.label(two.model)} {quantity(two.value, 's')}"
-    return Claim(text, _cells([one, two]), "this machine", "not decided", "time", short)
+def _speed(facts: Facts, s: SpeedComparison, what: str) -> Claim:
+    names = [facts.label(t.model) for t in (s.first, s.second)]
+    took = [quantity(point_of(t.rounds), "s") for t in (s.first, s.second)]
+    marks = "".join(f", {mark}" for mark in sorted({*s.first.marks, *s.second.marks}))
+    runtime = f", runtime {s.runtime}" if s.runtime else ""
+    decided = s.ratio.verdict != "not decided"
+    said = {"faster": f"{names[0]} is faster", "slower": f"{names[1]} is faster"}
+    if s.ratio.rounds == 1:
+        verdict = "single round: not decided"
+    else:
+        verdict = f"{said.get(s.ratio.verdict, verdict_text(s.ratio))} ({count(s.ratio.rounds)} rounds)"
+    at = f"{count(s.first.context)} bytes of context"
+    text = f"At {at} {names[0]} took {took[0]} {what}, {names[1]} {took[1]} (ratio {ratio_text(s.ratio)}{runtime}{marks}); {verdict}."
+    short = f"at {count(s.first.context)} bytes {names[0]} took {took[0]} {what}, {names[1]} {took[1]} ({verdict})"
+    return Claim(text, s.cells, "this machine", "measured" if decided else "not decided", "time", short)
 
 
 # -- limits, failures, the paragraph ---------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def _paragraph(
     for title, claims, end in (
         ("Quality", leading[:2], ""),
         ("Bytes", memory[:2], ""),
-        ("Time", latency[:1], " (single round: not decided)"),
+        ("Time", latency[:1], ""),
     ):
         sentences = "; ".join((claim.short or claim.text).rstrip(".") for claim in claims)
         parts.append(f"{title}: {sentences}{end}." if claims else f"{title}: not measured in this run.")
@@ -554,9 +554,14 @@ def _open(
         yield undecided("Quality: no two models scored the same bytes.")
     if not memory:
         yield undecided("Bytes: the state was not measured.")
-    if latency:
+    ratios = [claim for claim in latency if claim.short]  # the others say where curves cross
+    open_times = [claim for claim in ratios if claim.kind == "not decided"]
+    if open_times and all("single round" in claim.text for claim in open_times):
         yield undecided("Which model is faster: one round in one process is no ranking.", latency, "this machine")
-    else:
+    elif open_times:
+        text = f"Which model is faster in {len(open_times)} of {len(ratios)} comparisons."
+        yield undecided(text, open_times, "this machine")
+    elif not ratios:
         yield undecided("Time: no two models were timed at the same context.")
     longest = max((p.context for p in facts.points if p.value is not None), default=0)
     if longest:

@@ -61,6 +61,7 @@ class Series:
     """One line. Without ``legend`` it shares the entry of another line of its label (another seed).
 
     ``model`` is the short name by which a reader shows and hides it.
+    A ``ribbon`` is drawn between the ends of the intervals, where a bar at each point would be hard to follow.
     """
 
     key: str
@@ -72,6 +73,7 @@ class Series:
     dash: str
     legend: bool = True
     model: str = ""
+    ribbon: bool = False
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,27 @@ Builders are pure: points → Figure. Models are called by their short names; wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from bdh_bench.metrics import METRICS
 from bdh_bench.results.claims import references_of
 from bdh_bench.results.contenders import CONTROLS, QUALITY, Facts
+from bdh_bench.results.depth import STEP, curves_of, slope_of
 from bdh_bench.results.display import shortened
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import Axis, Dot, Figure, Reference, styles_of
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, value_axis
 from bdh_bench.results.reach import shaded
 from bdh_bench.results.recall_figures import recall_figures
+from bdh_bench.results.speed import timed_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import sufficiency_of
-from bdh_bench.results.tables import Point, best_points, finite
+from bdh_bench.results.tables import Point, best_points, finite, row_names
 
 #: Dots of a training curve, at the most.
 _CURVE = 48
+_NOISE = "Bands are 95 % intervals over rounds (fresh processes), from three on; marked values are in the data."
 
 
 def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
@@ -33,8 +37,8 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
         pareto(facts, shown),
         memory_vs_context(facts, shown),
         peak_vs_context(facts, shown),
-        latency_vs_context(facts, shown, "prefill_s"),
-        latency_vs_context(facts, shown, "tpot_s"),
+        prefill_vs_context(facts, shown),
+        tpot_vs_depth(facts, shown),
         *recall_figures(facts, shown),
         training_curves(facts),
     )
@@ -85,14 +89,47 @@ def peak_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
     return against_context(facts, "peak", "Peak memory against context", chosen, y, (), notes)
 
 
-def latency_vs_context(facts: Facts, points: Sequence[Point], metric: str) -> Figure:
-    """One time against context, both logarithmic."""
-    label = METRICS[metric].label
-    notes = ["Median of the repeats inside one process: a single round decides no ranking."]
-    chosen = [point for point in points if point.metric == metric]
-    id_ = metric.removesuffix("_s")
-    title = f"{label.capitalize()} against context"
-    return against_context(facts, id_, title, chosen, (label, "s", "log"), (), notes)
+def prefill_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
+    """Tokens read per second against context, both logarithmic."""
+    chosen = [_per_second(point) for point in points if point.metric == "prefill_s"]
+    notes = ["Batch times context over the median of prefill; higher is better.", _NOISE]
+    y: Upwards = ("prefill", "token/s", "log")
+    return _ribbons(against_context(facts, "prefill", "Prefill speed against context", chosen, y, (), notes))
+
+
+def tpot_vs_depth(facts: Facts, points: Sequence[Point]) -> Figure:
+    """Time per token against depth with the slope of every line, both axes logarithmic."""
+    chosen = [point for point in points if point.metric == STEP]
+    notes = ["Slopes are of the least-squares line, per 1,000 tokens of depth; flat where the rounds say so.", _NOISE]
+    y: Upwards = (METRICS[STEP].label, "s", "log")
+    made = against_context(facts, "tpot", "Time per token against depth", chosen, y, (), notes, ("depth", "bytes"))
+    names = row_names([p for p in chosen if p.context > 0], facts.names)
+    curves = {(c.model, c.task, c.batch_size, c.axes): c for c in curves_of(timed_of(facts.run))}
+    slopes: dict[str, str] = {}
+    for point, name in names.items():
+        curve = curves.get((point.model, point.task, point.batch_size, point.axes))
+        slope = slope_of(curve.curve) if curve and name not in slopes else None
+        if slope is not None:
+            slopes[name] = f"{name}: {slope.label}"
+    shown = {plain(shortened(name)): plain(shortened(text)) for name, text in slopes.items()}
+    series = tuple(replace(line, label=shown.get(line.label, line.label)) for line in made.series)
+    return _ribbons(replace(made, series=series))
+
+
+def _ribbons(figure: Figure) -> Figure:
+    return replace(figure, series=tuple(replace(line, ribbon=True) for line in figure.series))
+
+
+def _per_second(point: Point) -> Point:
+    """A time to read the context as tokens per second; the ends of the interval change places."""
+    tokens = point.batch_size * point.context
+
+    def turned(seconds: float | None) -> float | None:
+        return tokens / seconds if seconds else None
+
+    name = "prefill_tokens_per_s"
+    value, low, high = turned(point.value), turned(point.high), turned(point.low)
+    return replace(point, metric=name, unit=METRICS[name].unit, value=value, low=low, high=high)
 
 
 def pareto(facts: Facts, points: Sequence[Point]) -> Figure:

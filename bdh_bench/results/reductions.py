@@ -76,7 +76,7 @@ def derived_records(run: Run) -> Iterator[Record]:
         for one in cell.rounds:
             steps = [r for r in own if r.metric == STEP and r.round == one.round]
             if steps and one.files:
-                yield from between_tokens(_arrays(run.path / "cells" / one.files / "decode.npz"), steps)
+                yield from between_tokens(arrays_at(run.path / "cells" / one.files / "decode.npz"), steps)
 
 
 # -- stored arrays -----------------------------------------------------------------------------------------------------
@@ -97,17 +97,18 @@ def stream_of(run: Run, cell: CellOutcome) -> Stream | None:
 
 def arrays_of(run: Run, cell: CellOutcome, name: str) -> dict[str, NDArray[Any]]:
     """The arrays that a cell's final attempt kept under this name; none where they cannot be read."""
-    return _arrays(run.path / "cells" / cell.files / f"{name}.npz")
+    return arrays_at(run.path / "cells" / cell.files / f"{name}.npz")
 
 
 def classes_of(run: Run) -> dict[str, NDArray[np.int32]]:
     """By document, the class of every byte of its stream; empty for a run without them."""
-    arrays = _arrays(run.path / "texts.npz")
+    arrays = arrays_at(run.path / "texts.npz")
     names = arrays.get("documents", ())
     return {str(name): arrays[f"classes_{i}"] for i, name in enumerate(names) if f"classes_{i}" in arrays}
 
 
-def _arrays(path: Any) -> dict[str, NDArray[Any]]:
+def arrays_at(path: Any) -> dict[str, NDArray[Any]]:
+    """The arrays of an npz file; none of one that is missing or damaged."""
     import numpy as np
 
     try:

@@ -18,6 +18,7 @@ from bdh_bench.results import statistics
 from bdh_bench.results.blocks import LABEL, blocks_of
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.reductions import derived_records
+from bdh_bench.results.rounds import grouped, timing_of
 from bdh_bench.results.store import Run
 from bdh_bench.types import MEASURED_STATUSES, Record, Scalar
 
@@ -137,8 +138,10 @@ def _reduced(records: Sequence[Record], clusters: Mapping[str, str], blocks: Map
         found = _over_samples(records, gaps, how, clusters)
         few = _too_few(records, found) or _over_blocks(records, found, blocks)
         value, low, high, n = (found.value, found.low, found.high, found.n) if found else (None, None, None, 0)
+    elif how == "median":
+        few, (value, low, high, n) = _over_rounds(records)
     else:
-        few, (value, low, high, n) = "", _single(records, how)
+        few, (value, low, high, n) = "", _exact(records)
     status, reason = _status(records, gaps, how, value)
     return _point(first, value, low, high, n, first.seed, status, reason or few, records)
 
@@ -176,11 +179,25 @@ def _over_blocks(records: Sequence[Record], estimate: statistics.Estimate | None
     return f"{LABEL}: 95 % over {estimate.units} blocks of {len(documents)} documents, not over documents"
 
 
-def _single(records: Sequence[Record], how: str) -> tuple[float | int | None, None, None, int]:
+def _over_rounds(records: Sequence[Record]) -> tuple[str, tuple[float | None, float | None, float | None, int]]:
+    """The median over rounds of the medians of their windows, with its interval; n counts rounds. A remark comes first."""
+    values = [(r.round, float(value)) for r in records if (value := finite(r.value)) is not None]
+    if not values:
+        return "", (None, None, None, 0)
+    found = timing_of(grouped(values))
+    marked = [r for r in records if r.status != "ok" and r.status in MEASURED_STATUSES and finite(r.value) is not None]
+    kinds = " and ".join(dict.fromkeys(r.status for r in marked))
+    marks = f"{len(marked)} of {len(values)} windows {kinds}" if len(values) > len(marked) > 0 else ""
+    timed = METRICS[records[0].metric].unit == "s" if records[0].metric in METRICS else False
+    remark = " · ".join(part for part in (marks, found.remark if timed else "") if part)
+    return remark, (found.value, found.low, found.high, found.rounds)
+
+
+def _exact(records: Sequence[Record]) -> tuple[float | int | None, None, None, int]:
     values = [value for record in records if (value := finite(record.value)) is not None]
-    if not values or (how == "exact" and len(set(values)) > 1):
+    if not values or len(set(values)) > 1:
         return None, None, None, 0
-    return (values[0] if how == "exact" else statistics.median(values)), None, None, len(values)
+    return values[0], None, None, len(values)
 
 
 def _status(records: Sequence[Record], gaps: Sequence[Record], how: str, value: float | None) -> tuple[str, str]:

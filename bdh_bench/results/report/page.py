@@ -22,6 +22,7 @@ from bdh_bench.results.display import GAP, count, interval, number, quantity
 from bdh_bench.results.escaping import json_in_html, plain
 from bdh_bench.results.figure import BREAK, Dot, Figure
 from bdh_bench.results.figures import figures_of
+from bdh_bench.results.regression import baseline_table, compare
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.store import CellOutcome, Run
@@ -49,14 +50,15 @@ class Content:
     figures: tuple[Figure, ...]
 
 
-def content_of(run: Run) -> Content:
-    """The content of the report of a run."""
+def content_of(run: Run, baseline: Run | None = None) -> Content:
+    """The content of the report of a run, compared with another one where that is given."""
     points = points_of(run)
     answer = answer_of(run, points)
     facts = answer.assessment.facts
     tables = (
         *value_tables(points, facts.titles, headlines_of(run), without_signal(answer.assessment.signals)),
         *answer.assessment.tables(),
+        *([baseline_table(compare(baseline, [run]))] if baseline else []),
     )
     return Content(run, points, answer, models_table(run, facts.titles), tables, figures_of(run, points))
 

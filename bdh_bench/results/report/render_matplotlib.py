@@ -141,7 +141,10 @@ def _draw_series(axes: Any, line: Series, number: int) -> None:
     bars = [
         (d.x, d.y, d.low, d.high) for d in line.points if d.y is not None and d.low is not None and d.high is not None
     ]
-    if bars:
+    if bars and line.ribbon:
+        ends = ([b[0] for b in bars], [b[2] for b in bars], [b[3] for b in bars])
+        axes.fill_between(*ends, color=line.color, alpha=0.15, linewidth=0, gid=f"ribbon-{number}")
+    elif bars:
         axes.vlines([b[0] for b in bars], [b[2] for b in bars], [b[3] for b in bars], color=line.color, linewidth=0.8)
 
 

@@ -21,6 +21,7 @@ _MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open", "half": "cr
 def to_plotly(figure: Figure) -> dict[str, Any]:
     """``{"data": …, "layout": …}`` for Plotly.newPlot."""
     data = [_trace(line, figure) for line in figure.series]
+    data += [ribbon for line in figure.series if line.ribbon and (ribbon := _ribbon(line))]
     if figure.marks:
         data.append(_mark_trace(figure.marks))
     return {"data": data, "layout": _layout(figure)}
@@ -42,7 +43,7 @@ def _trace(line: Series, figure: Figure) -> dict[str, Any]:
         "text": [_hover(dot, figure) for dot in line.points],
         "hovertemplate": "%{text}<extra>%{fullData.name}</extra>",
     }
-    if any(dot.low is not None for dot in line.points):
+    if not line.ribbon and any(dot.low is not None for dot in line.points):
         trace["error_y"] = {
             "type": "data",
             "symmetric": False,
@@ -52,6 +53,25 @@ def _trace(line: Series, figure: Figure) -> dict[str, Any]:
             "width": 3,
         }
     return trace
+
+
+def _ribbon(line: Series) -> dict[str, Any]:
+    """The area between the ends of the intervals, as one closed path; nothing where there are none."""
+    ends = [(d.x, d.low, d.high) for d in line.points if d.y is not None and d.low is not None and d.high is not None]
+    if not ends:
+        return {}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": safe(line.label),
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "x": [x for x, _, _ in ends] + [x for x, _, _ in reversed(ends)],
+        "y": [low for _, low, _ in ends] + [high for _, _, high in reversed(ends)],
+        "fill": "toself",
+        "opacity": 0.2,
+        "line": {"color": line.color, "width": 0},
+    }
 
 
 def _reach(upper: float | None, lower: float | None) -> float | None:

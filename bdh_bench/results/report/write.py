@@ -30,11 +30,13 @@ from bdh_bench.results.report.render_matplotlib import PICTURES, to_picture
 from bdh_bench.results.store import Run, write_atomically
 
 
-def write_report(run: Run, output: Path, static: bool = False, pictures: bool = False) -> dict[str, str]:
+def write_report(
+    run: Run, output: Path, static: bool = False, pictures: bool = False, baseline: Run | None = None
+) -> dict[str, str]:
     """Write the report of a run; returns what was written where.
 
     ``output`` is the HTML file, or a folder for report.html. ``static`` leaves the plotting library out of the page (the pictures
-    stay); ``pictures`` writes figures/ too. Raises StoreError.
+    stay); ``pictures`` writes figures/ too; ``baseline`` is a run to compare with. Raises StoreError.
     """
     page = output if output.suffix.lower() in (".html", ".htm") else output / "report.html"
     files = {
@@ -44,7 +46,7 @@ def write_report(run: Run, output: Path, static: bool = False, pictures: bool = 
         "json": page.with_suffix(".json"),
         "csv": page.with_name("results.csv"),
     }
-    content = content_of(run)
+    content = content_of(run, baseline)
     texts = {
         "html": render(content, None if static else _plotly_source()),
         "markdown": as_text(content),
