@@ -196,7 +196,8 @@ class TaskContext:
     ``context`` is the cell's own context (None where the task has no such axis), ``contexts`` all of the run.
     ``documents`` are held-out test documents, opened for evaluation only. ``state_protocol`` is carry, cold or window.
     ``passed(gate, error, bound)`` notes a gate of the task's own; one that fails is a LawError. ``note(name, value)`` adds to the cell's
-    facts how it was measured.
+    facts how it was measured. ``halfway()`` is the same model with the weights that it had at half of its training bytes, or None where
+    there are none.
     """
 
     seed: int
@@ -210,6 +211,7 @@ class TaskContext:
     state_protocol: str = "carry"
     passed: Callable[[str, float, float], None] = lambda gate, error, bound: None
     note: Callable[[str, Any], None] = lambda name, value: None
+    halfway: Callable[[], Any] = lambda: None
 
 
 class Exercises(Protocol):

@@ -241,6 +241,14 @@ def test_shares_have_wilsons_interval_and_mcnemars_p(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("accuracy")
+def test_other_examples_are_not_compared(tmp_path: Path) -> None:
+    run = trials(made(tmp_path), {"bdh": set(range(30)), "mamba": set(range(2, 12))})
+    c = at(changed(run, "mamba", lambda r: replace(r, axes={"target_hash": "easier prompts"})), 256)
+    assert Why.TARGET_HASH in {reason.why for reason in c.decision.reasons}
+    assert (c.p, c.difference) == (None, None)
+
+
+@pytest.mark.usefixtures("accuracy")
 def test_a_share_outside_0_and_1_is_an_error(tmp_path: Path) -> None:
     run = trials(made(tmp_path), {"bdh": set(), "mamba": set()})
     bad = replace(run, records=(replace(run.records[0], value=1.5), *run.records[1:]))

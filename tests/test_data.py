@@ -9,8 +9,11 @@ import mmap
 import os
 import sys
 import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ from bdh_bench.data.corpus import SPLITS, Document, name_hash, open_corpus
 from bdh_bench.data.pieces import CarriedText, TrainingText
 from bdh_bench.data.reference import order_bits, reference_lines
 from bdh_bench.data.targets import choose_longest, choose_targets
-from bdh_bench.errors import CorpusError, MissingExtraError, UnknownNameError
+from bdh_bench.errors import CorpusError, LawError, MissingExtraError, UnknownNameError
 from bdh_bench.results.store import open_run
 from bdh_bench.runner.plan import make_plan
 from bdh_bench.runner.run import prepare
@@ -97,10 +100,28 @@ def test_contexts_longer_than_every_document_are_refused() -> None:
         choose_longest(documents, (1 << 24,), 128, 20)
 
 
+def _for_training(folder: Path) -> tuple[Document, ...]:
+    """Every document of the folder, whatever its split."""
+    return tuple(replace(d, split="train") for d in open_corpus(f"path:{folder}").documents)
+
+
+@pytest.mark.parametrize("made", [lambda d: TrainingText(d, 40), lambda d: CarriedText(d, rows=1, length=40)])
+def test_nothing_learns_from_a_test_document(tmp_path: Path, made: Callable[[Any], Any]) -> None:
+    """Not even from one among many, and whoever gives it."""
+    for i in range(12):
+        (tmp_path / f"{i}").write_bytes(bytes([i]) * 50)
+    corpus = open_corpus(f"path:{tmp_path}")
+    for split in ("train", "validation"):
+        made(corpus.part(split))  # type: ignore[arg-type]
+    with pytest.raises(LawError, match="test documents were about to be learned from") as raised:
+        made((*corpus.part("train"), corpus.part("test")[0]))
+    assert (raised.value.gate, raised.value.error) == ("splits", 1.0)
+
+
 def test_pieces_repeat_for_a_seed_and_stay_inside_documents(tmp_path: Path) -> None:
     for i in range(12):
         (tmp_path / f"{i}").write_bytes(bytes([i]) * (50 + i))
-    text = TrainingText(open_corpus(f"path:{tmp_path}").documents, 40)
+    text = TrainingText(_for_training(tmp_path), 40)
     first = [p.tobytes() for p in islice(text.pieces(3), 500)]
     assert first == [p.tobytes() for p in islice(text.pieces(3), 500)]
     assert first[100:200] == [p.tobytes() for p in islice(text.pieces(3, skip=100), 100)]
@@ -113,7 +134,7 @@ def _numbered(folder: Path, sizes: tuple[int, ...]) -> tuple[Document, ...]:
     """Documents in which every byte says where it is: the high bits name the document."""
     for i, size in enumerate(sizes):
         (folder / f"{i}").write_bytes(bytes(64 * i + j for j in range(size)))
-    return tuple(sorted(open_corpus(f"path:{folder}").documents, key=lambda d: d.name))
+    return tuple(sorted(_for_training(folder), key=lambda d: d.name))
 
 
 def test_every_byte_of_a_stretch_is_a_target_once_and_inputs_follow(tmp_path: Path) -> None:
@@ -201,7 +222,7 @@ def test_crops_of_a_large_corpus_take_no_memory_of_their_own(tmp_path: Path) -> 
     """Opening 64 MiB and drawing crops allocates less than 1 MiB: what is used stays in the file."""
     for i in range(4):
         (tmp_path / f"{i}").write_bytes(os.urandom(2**20) * 16)
-    documents = open_corpus(f"path:{tmp_path}").documents
+    documents = _for_training(tmp_path)
     tracemalloc.start()
     text = TrainingText(documents, 256)
     pieces = list(islice(text.pieces(0), 100))

@@ -269,6 +269,52 @@ def test_passages_are_the_same_for_every_model_and_unlike_each_other() -> None:
     assert len({t.tobytes() for t in texts}) == 20
 
 
+# -- the data set of a cell --------------------------------------------------------------------------------------------------
+
+
+_SMALL: dict[str, Any] = {
+    "recall": recall.Config(sequences=4),
+    "copy": copy.Config(sequences=4),
+    "induction": induction.Config(sequences=4, longest=128),
+    "needle": needle.Config(prompts=2),
+    "repeated_segment": repeated_segment.Config(passages=2, block=96, longest=64),
+}
+
+
+def _data(name: str, model: Any, books: Path) -> tuple[str, set[Any]]:
+    """The noted sha256 of a task's examples, and what its results carry of it."""
+    noted: dict[str, Any] = {}
+    documents = open_corpus(f"path:{books}").documents
+    context = replace(_context(documents=documents, length=512), note=noted.__setitem__)
+    task = registry.load("tasks", name)
+    rows = [m for m in task.run(model, _SMALL[name], context) if m.metric != "state_bytes"]
+    return str(noted["data_sha256"]), {m.axes.get("target_hash") for m in rows}
+
+
+@pytest.mark.parametrize("name", _SMALL)
+def test_a_cell_names_the_data_set_that_it_examined(name: str, books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for every model of a vocabulary; one token that differs for one of them is another data set."""
+    first = _data(name, load_model("toy:uniform"), books)
+    assert first[1] == {first[0][:16]}
+    assert _data(name, load_model("toy:copy"), books) == first
+    made = {"needle": "prompt", "repeated_segment": "passages"}.get(name, "examples")
+    task = registry.load("tasks", name)
+    whole = getattr(task, made)
+
+    def favoured(*given: Any, **more: Any) -> Any:
+        found = whole(*given, **more)
+        if name == "needle":
+            return replace(found, text=b"?" + found.text[1:])
+        tokens = (found if name == "repeated_segment" else found[0]).copy()
+        tokens[0, 0] ^= 1
+        return tokens if name == "repeated_segment" else (tokens, *found[1:])
+
+    monkeypatch.setattr(task, made, favoured)
+    other = _data(name, load_model("toy:uniform"), books)
+    assert other[0] != first[0]
+    assert other[1] == {other[0][:16]}
+
+
 # -- practice ------------------------------------------------------------------------------------------------------------
 
 

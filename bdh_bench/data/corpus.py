@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bdh_bench.errors import CorpusError, UnknownNameError
+from bdh_bench.errors import CorpusError, LawError, UnknownNameError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,6 +127,20 @@ class Corpus:
             "notes": list(self.notes),
             "labels": list(self.labels),
         }
+
+
+def refuse_test(documents: Iterable[Document]) -> None:
+    """For all that learns or chooses: raise LawError where one of ``documents`` is kept for the test."""
+    kept = [document.name for document in documents if document.split == "test"]
+    if kept:
+        raise LawError(
+            f"{len(kept)} test documents were about to be learned from, {kept[0]!r} the first · expected training or "
+            "validation documents",
+            "take Corpus.part('train') or part('validation')",
+            "splits",
+            float(len(kept)),
+            0.0,
+        )
 
 
 def open_corpus(spec: str, split_bytes: int = 0) -> Corpus:

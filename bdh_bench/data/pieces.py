@@ -5,6 +5,8 @@ start symbol and the first T − 1.
 
 ``CarriedText``: whole documents. The B rows of a batch read B equal stretches of one document side by side, T bytes at a time;
 what goes in is each target's previous byte, and the start symbol where a row starts with an empty state.
+
+Both refuse a test document, whoever gives it to them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from itertools import count
 import numpy as np
 from numpy.typing import NDArray
 
-from bdh_bench.data.corpus import Document
+from bdh_bench.data.corpus import Document, refuse_test
 from bdh_bench.errors import CorpusError
 
 
@@ -24,6 +26,7 @@ class TrainingText:
     """The training documents, with crops that never cross a document's edge. Nothing is copied or read before it is a piece."""
 
     def __init__(self, documents: Sequence[Document], length: int) -> None:
+        refuse_test(documents)
         self._documents = [d for d in documents if d.size >= length]
         if not self._documents:
             raise CorpusError(
@@ -64,6 +67,7 @@ class CarriedText:
     """
 
     def __init__(self, documents: Sequence[Document], rows: int, length: int, limit: int | None = None) -> None:
+        refuse_test(documents)
         step = rows * length
         contents = [d for d in documents if d.size >= step]
         if not contents:

@@ -302,9 +302,10 @@ def convolve(raw: Tensor, conv1d: nn.Conv1d, before: Tensor | None) -> Tensor:
 
 def last_inputs(raw: Tensor, before: Tensor) -> Tensor:
     """The inputs that the convolution needs at the next token, (B, W, K - 1): of raw (B, T, W), and of ``before`` where T is short."""
-    window = torch.cat((before, raw[:, -before.shape[2] :].transpose(1, 2).to(before.dtype)), 2)
+    kept = before.shape[2]  # 0 for a kernel of one token
+    window = torch.cat((before, raw[:, max(0, raw.shape[1] - kept) :].transpose(1, 2).to(before.dtype)), 2)
     # a copy: a view would keep the whole window alive
-    return window[:, :, -before.shape[2] :].clone()
+    return window[:, :, window.shape[2] - kept :].clone()
 
 
 class _ShiftedSum(torch.autograd.Function):
@@ -339,12 +340,14 @@ class _ShiftedSum(torch.autograd.Function):
 # -- the authors' kernels -----------------------------------------------------------------------------------------------
 
 
-def cuda_kernels(device: str, module: str, name: str) -> tuple[Any, Any] | None:
+def cuda_kernels(device: str, module: str, name: str, conv_kernel: int) -> tuple[Any, Any] | None:
     """causal_conv1d_fn and mamba_ssm's ``module.name``, where both packages are installed beside a CUDA device.
 
-    A broken package raises its own error. No machine with a GPU has run what they return here.
+    Theirs convolves 2 to 4 tokens and no other number of them. A broken package raises its own error. No machine with a GPU has run what they return here.
     """
-    if device != "cuda" or not all(importlib.util.find_spec(package) for package in ("causal_conv1d", "mamba_ssm")):
+    if device != "cuda" or conv_kernel not in (2, 3, 4):
+        return None
+    if not all(importlib.util.find_spec(package) for package in ("causal_conv1d", "mamba_ssm")):
         return None
     scan = getattr(importlib.import_module(module), name)
     return importlib.import_module("causal_conv1d").causal_conv1d_fn, scan

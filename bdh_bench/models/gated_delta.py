@@ -58,7 +58,7 @@ class Config:
     n_head       heads, each with a memory of its own
     key_dim      features of a key of one head
     value_dim    features of a value of one head; 0 means twice key_dim
-    conv_kernel  tokens under the short convolution
+    conv_kernel  tokens under the short convolution; 1 is none, each token by itself
     vocab_size   tokens; 256 are the bytes
     """
 
@@ -119,7 +119,7 @@ class Model(Streaming, nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         for field in fields(config):
-            least = {"value_dim": 0, "conv_kernel": 2}.get(field.name, 1)
+            least = {"value_dim": 0}.get(field.name, 1)
             if getattr(config, field.name) < least:
                 got = getattr(config, field.name)
                 raise SpecError(f"got {field.name}={got} for gated_delta · expected at least {least}")

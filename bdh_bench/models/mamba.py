@@ -44,7 +44,7 @@ class Config:
     d_model      width D of the residual stream
     n_layer      layers
     state_size   numbers of state per inner channel
-    conv_kernel  tokens under the short convolution
+    conv_kernel  tokens under the short convolution; 1 is none, each token by itself
     expand       inner channels, as a multiple of the width
     dt_rank      rank of the projection to step sizes; 0 stands for ceil(d_model / 16)
     vocab_size   tokens; 256 are the bytes
@@ -123,7 +123,7 @@ class Model(frame.StateSpaceModel):
     """The frame of both Mambas with this mixer."""
 
     def __init__(self, config: Config) -> None:
-        frame.check_least("mamba", config, {"dt_rank": 0, "conv_kernel": 2})
+        frame.check_least("mamba", config, {"dt_rank": 0})
         super().__init__(config, partial(Mixer, config))
         self.config = config
 
@@ -146,7 +146,8 @@ class Model(frame.StateSpaceModel):
 
     def kernels(self) -> str:
         """Which kernel does the scan on this model's device."""
-        return "mamba-ssm" if _cuda_kernels(self.backbone.embeddings.weight.device.type) else "torch selective scan"
+        device = self.backbone.embeddings.weight.device.type
+        return "mamba-ssm" if _cuda_kernels(device, self.config.conv_kernel) else "torch selective scan"
 
 
 class Mixer(frame.Mixer):
@@ -176,7 +177,7 @@ class Mixer(frame.Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) → (B, T, D), from an empty state."""
         u, gate = self.in_proj(x).chunk(2, -1)  # (B, T, E) each
-        if fused := _cuda_kernels(u.device.type):
+        if fused := _cuda_kernels(u.device.type, self.conv1d.kernel_size[0]):
             return self.out_proj(self._fused(fused, u, gate)[0])  # type: ignore[no-any-return]
         u = frame.convolve(u, self.conv1d, None)
         y, _ = selective_scan(u, *self._selected(u), None)
@@ -185,7 +186,7 @@ class Mixer(frame.Mixer):
     def advance(self, x: Tensor, conv: Tensor, ssm: Tensor, fresh: bool) -> tuple[Tensor, Tensor, Tensor]:
         raw, gate = self.in_proj(x).chunk(2, -1)  # (B, T, E) each
         after = frame.last_inputs(raw, conv)
-        fused = _cuda_kernels(raw.device.type)
+        fused = _cuda_kernels(raw.device.type, self.conv1d.kernel_size[0])
         # their kernel takes no incoming state and gives the outgoing one no gradient
         if fused and fresh and not torch.is_grad_enabled():
             y, last = self._fused(fused, raw, gate)
@@ -215,5 +216,5 @@ class Mixer(frame.Mixer):
         return y.transpose(1, 2), last.float()
 
 
-def _cuda_kernels(device: str) -> tuple[Any, Any] | None:
-    return frame.cuda_kernels(device, "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
+def _cuda_kernels(device: str, conv_kernel: int) -> tuple[Any, Any] | None:
+    return frame.cuda_kernels(device, "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn", conv_kernel)

@@ -52,7 +52,7 @@ class Config:
     d_model      width D of the residual stream
     n_layer      layers
     state_size   rows of the state of a head
-    conv_kernel  tokens under the short convolution
+    conv_kernel  tokens under the short convolution; 1 is none, each token by itself
     expand       inner channels, as a multiple of the width
     head_dim     channels of a head; 0 stands for about an eighth of the inner channels, at most 64
     n_groups     groups of heads that share their keys and queries (B and C)
@@ -171,7 +171,7 @@ class Model(frame.StateSpaceModel):
     """The frame of both Mambas with this mixer."""
 
     def __init__(self, config: Config) -> None:
-        frame.check_least("mamba2", config, {"head_dim": 0, "conv_kernel": 2})
+        frame.check_least("mamba2", config, {"head_dim": 0})
         if config.inner % config.width or config.heads % config.n_groups:
             raise SpecError(
                 f"got {config.inner} inner channels in heads of {config.width} and {config.n_groups} groups for mamba2 · "
@@ -201,7 +201,8 @@ class Model(frame.StateSpaceModel):
 
     def kernels(self) -> str:
         """Which kernel does the recurrence on this model's device."""
-        return "mamba-ssm" if _cuda_kernels(self.backbone.embeddings.weight.device.type) else "torch SSD"
+        device = self.backbone.embeddings.weight.device.type
+        return "mamba-ssm" if _cuda_kernels(device, self.config.conv_kernel) else "torch SSD"
 
 
 class Mixer(frame.Mixer):
@@ -244,7 +245,7 @@ class Mixer(frame.Mixer):
     def _mixed(self, raw: Tensor, step: Tensor, conv: Tensor | None, ssm: Tensor | None) -> tuple[Tensor, Tensor]:
         """The recurrence over a text: outputs (B, T, H, P) and the state after it."""
         selected = self._selected(raw, step, conv)
-        if fused := _cuda_kernels(raw.device.type):
+        if fused := _cuda_kernels(raw.device.type, self.conv1d.kernel_size[0]):
             x, delta, A, B, C, D = selected
             options = {"D": D, "initial_states": ssm, "return_final_states": True}
             y, last = fused[1](x, delta, A, B, C, _CUDA_CHUNK, **options)
@@ -264,7 +265,7 @@ class Mixer(frame.Mixer):
 
     def _convolved(self, raw: Tensor, conv: Tensor | None) -> Tensor:
         """(B, T, W) → (B, T, W)."""
-        fused = _cuda_kernels(raw.device.type)
+        fused = _cuda_kernels(raw.device.type, self.conv1d.kernel_size[0])
         if not fused:
             return frame.convolve(raw, self.conv1d, conv)
         window = raw.transpose(1, 2) if conv is None else torch.cat((conv.to(raw.dtype), raw.transpose(1, 2)), 2)
@@ -291,5 +292,5 @@ class GatedNorm(nn.Module):
         return normed.flatten(-2) * self.weight
 
 
-def _cuda_kernels(device: str) -> tuple[Any, Any] | None:
-    return frame.cuda_kernels(device, "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
+def _cuda_kernels(device: str, conv_kernel: int) -> tuple[Any, Any] | None:
+    return frame.cuda_kernels(device, "mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined", conv_kernel)

@@ -1,7 +1,8 @@
 """Where do the symbols and the chance of a generated example come from, and how are its answers read?
 
 An example is made from a hash of (task, split, index) alone, so that it does not depend on what was made before it, on the model or on
-the seed of the weights: every model meets the same ones. Symbols are token ids in ranges that do not overlap, none of which is the start
+the seed of the weights: every model meets the same ones, and the sha256 of all that a cell examines (``dataset``) goes into its rows:
+results on examples that are not the same are not compared. Symbols are token ids in ranges that do not overlap, none of which is the start
 symbol; how many there are follows from the vocabulary.
 
 Legend: B examples, T tokens, V vocabulary.
@@ -10,6 +11,7 @@ Legend: B examples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdh_bench.tasks._scoring import PIECE
+from bdh_bench.types import TaskContext
 
 NO_ANSWER = -1
 #: Elements of logits that are held at once.
@@ -30,6 +33,18 @@ def generator(*identity: str | int) -> np.random.Generator:
     """A generator that depends on these words and numbers alone."""
     digest = hashlib.sha256("/".join(map(str, identity)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:8], "big"))
+
+
+def dataset(context: TaskContext, arrays: Iterable[NDArray[Any]]) -> dict[str, str]:
+    """The axis that names everything a cell examines, short; the whole sha256 is noted in its facts.
+
+    One name for the cell and not one per point: points that are joined by a line are of one data set.
+    """
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}\n".encode() + array.tobytes())
+    context.note("data_sha256", digest.hexdigest())
+    return {"target_hash": digest.hexdigest()[:16]}
 
 
 def symbols(model: Any, first: int, count: int) -> Ids:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bdh_bench.tasks._exercises import NO_ANSWER, Ids, choices, fits, generator, symbols, untaught
+from bdh_bench.tasks._exercises import NO_ANSWER, Ids, choices, dataset, fits, generator, symbols, untaught
 from bdh_bench.types import Measurement, TaskContext
 
 DEFAULTS = {
@@ -87,16 +87,17 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
         yield Measurement("copy_accuracy", None, 0, status="unsupported", reason=reason)
         return
     sizes = [size for size in _EXAMINED if not config.unique or size <= _SYMBOLS]
-    for done, size in enumerate(sizes):
+    papers = [examples(model, size, config.sequences, config, "test", 0) for size in sizes]
+    same = dataset(context, (part for paper in papers for part in paper))
+    for done, (size, (tokens, answers)) in enumerate(zip(sizes, papers, strict=True)):
         length = 2 * size + 1
         context.progress("examine", done / len(sizes), {"context": length})
-        name, axes = f"copy@S={size},unique={config.unique}", {"copied": size, "chance": 1 / _SYMBOLS}
+        name, axes = f"copy@S={size},unique={config.unique}", {"copied": size, "chance": 1 / _SYMBOLS, **same}
         if reason := fits(model, length):
             yield Measurement(
                 "copy_accuracy", None, length, axes=axes, metric_id=name, status="unsupported", reason=reason
             )
             continue
-        tokens, answers = examples(model, size, config.sequences, config, "test", 0)
         right = (choices(model, tokens, answers) == answers)[:, size + 1 :]  # (B, S)
         for metric, share in (("copy_accuracy", right.mean()), ("copy_exact", right.all(1).mean())):
             weight = float(config.sequences)

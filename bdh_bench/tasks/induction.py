@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bdh_bench.tasks._exercises import NO_ANSWER, Ids, choices, fits, generator, symbols, untaught
+from bdh_bench.tasks._exercises import NO_ANSWER, Ids, choices, dataset, fits, generator, symbols, untaught
 from bdh_bench.types import Measurement, TaskContext
 
 DEFAULTS = {
@@ -88,21 +88,21 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     if reason := untaught(model, context.weights):
         yield Measurement("induction_accuracy", None, 0, status="unsupported", reason=reason)
         return
-    length = _SHORTEST
-    while length <= config.longest:
+    lengths = [_SHORTEST << k for k in range(32) if _SHORTEST << k <= config.longest]
+    papers = [examples(model, length, config.sequences, "test", 0) for length in lengths]
+    same = dataset(context, (part for paper in papers for part in paper))
+    for length, (tokens, answers) in zip(lengths, papers, strict=True):
         context.progress("examine", length / config.longest, {"context": length})
         name = f"induction@T={length},symbols={_SYMBOLS}"
-        axes = {"chance": 1 / _SYMBOLS}
+        axes: dict[str, Any] = {"chance": 1 / _SYMBOLS, **same}
         if reason := fits(model, length):
             yield Measurement(
                 "induction_accuracy", None, length, axes=axes, metric_id=name, status="unsupported", reason=reason
             )
         else:
-            tokens, answers = examples(model, length, config.sequences, "test", 0)
             right = choices(model, tokens, answers)[:, -1] == answers[:, -1]
             weight = float(config.sequences)
             yield Measurement(
                 "induction_accuracy", float(right.mean()), length, axes=axes, weight=weight, metric_id=name
             )
             yield Measurement("state_bytes", model.state_bytes(1, length), length)
-        length *= 2

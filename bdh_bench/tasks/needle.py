@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bdh_bench.tasks._exercises import NO_ANSWER, Ids, fits, generator
+from bdh_bench.data.corpus import refuse_test
+from bdh_bench.tasks._exercises import NO_ANSWER, Ids, dataset, fits, generator
 from bdh_bench.tasks._scoring import PIECE, bits
 from bdh_bench.types import Measurement, TaskContext
 
@@ -111,6 +112,7 @@ class Practice:
     enough, share_of_text, learning_rate = 0.95, 0.9, 1e-3
 
     def __init__(self, config: Config, documents: tuple[Any, ...], longest: int) -> None:
+        refuse_test(documents)
         self.config, self.documents, self.longest = config, documents, longest
         self.rows, self.cap = config.batch, config.cap
         self.identity = f"needle {config} up to {longest}"
@@ -136,19 +138,19 @@ def exercises(model: Any, config: Config, documents: tuple[Any, ...], longest: i
 def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measurement]:
     """The three scores at every depth of the cell's context."""
     length = int(context.context or 0)
+    impossible = _impossible(model, length)
+    everything = (_bytes_of(one) for depth in _DEPTHS for one in _prompts(length, depth, config, context))
+    same = dataset(context, everything) if not impossible else {}
     for done, depth in enumerate(_DEPTHS):
         context.progress("evaluate", done / len(_DEPTHS), {"context": length})
-        axes = {"depth_percent": depth, "haystack": config.haystack, "tuned": config.tuned}
+        axes = {"depth_percent": depth, "haystack": config.haystack, "tuned": config.tuned, **same}
         name = f"needle@T={length},depth={depth},haystack={config.haystack},tuned={config.tuned}"
-        if reason := _impossible(model, length):
+        if impossible:
             yield Measurement(
-                "needle_rank_accuracy", None, length, axes=axes, metric_id=name, status="unsupported", reason=reason
+                "needle_rank_accuracy", None, length, axes=axes, metric_id=name, status="unsupported", reason=impossible
             )
             continue
-        made = [
-            prompt(length, depth, config.haystack, context.documents, "test", index) for index in range(config.prompts)
-        ]
-        scored = np.stack([_scores(model, one) for one in made])  # (B, 3)
+        scored = np.stack([_scores(model, one) for one in _prompts(length, depth, config, context)])  # (B, 3)
         for metric, column in (("needle_accuracy", 0), ("needle_rank_accuracy", 1)):
             share, weight = float(scored[:, column].mean()), float(config.prompts)
             yield Measurement(metric, share, length, axes=axes, weight=weight, metric_id=name)
@@ -157,6 +159,16 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
             yield Measurement(
                 "needle_bits_per_byte", float(value), length, axes=axes, sample=sample, weight=weight, metric_id=name
             )
+
+
+def _prompts(length: int, depth: int, config: Config, context: TaskContext) -> Iterator[Prompt]:
+    """The same ones every time, made one by one: long prompts would fill the memory."""
+    for index in range(config.prompts):
+        yield prompt(length, depth, config.haystack, context.documents, "test", index)
+
+
+def _bytes_of(one: Prompt) -> NDArray[np.uint8]:
+    return np.frombuffer(one.text + b"".join(one.candidates), dtype=np.uint8)
 
 
 def _impossible(model: Any, length: int) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from bdh_bench.tasks._exercises import NO_ANSWER, Ids, choices, fits, generator, symbols, untaught
+from bdh_bench.tasks._exercises import NO_ANSWER, Ids, choices, dataset, fits, generator, symbols, untaught
 from bdh_bench.types import Measurement, TaskContext
 
 DEFAULTS = {
@@ -160,13 +160,16 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     written = 4 if config.forgetting else 2
     cells = [(max(64, 2 * written * pairs), pairs, "pairs") for pairs in _PAIRS if pairs <= len(ids.keys)]
     cells += [(length, _AXIS_PAIRS, "length") for length in _LENGTHS if length >= 2 * written * _AXIS_PAIRS]
-    for done, (length, pairs, axis) in enumerate(cells):
+    papers = [examples(ids, length, pairs, config.sequences, config, "test", 0) for length, pairs, _ in cells]
+    same = dataset(context, (part for paper in papers for part in paper))
+    for done, ((length, pairs, axis), (tokens, answers, stale)) in enumerate(zip(cells, papers, strict=True)):
         context.progress("examine", done / len(cells), {"context": length})
         axes: Mapping[str, Any] = {
             "pairs": pairs,
             "axis": axis,
             "chance": 1 / len(ids.values),
             "vocabulary": len(ids.keys),
+            **same,
         }
         name = f"recall@pairs={pairs},T={length},forgetting={config.forgetting},keys={len(ids.keys)}"
         if reason := fits(model, length):
@@ -174,7 +177,6 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
                 "recall_accuracy", None, length, axes=axes, metric_id=name, status="unsupported", reason=reason
             )
             continue
-        tokens, answers, stale = examples(ids, length, pairs, config.sequences, config, "test", 0)
         chosen = choices(model, tokens, answers)
         asked = answers != NO_ANSWER
         shares = {"recall_accuracy": (chosen == answers)[asked].mean()}

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bdh_bench.errors import PositionLimitError
-from bdh_bench.tasks._exercises import generator
+from bdh_bench.tasks._exercises import dataset, generator
 from bdh_bench.tasks._scoring import score_after
 from bdh_bench.types import Measurement, TaskContext
 
@@ -85,11 +85,12 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     lead = (
         between[:, :64] if between.shape[1] >= 64 else texts[:, :0]
     )  # the first reading follows text, as the second does
+    same = dataset(context, (lead, texts, between))
     first = score_after(model, lead, texts).mean(1)
     for done, gap in enumerate(wanted):
         context.progress("evaluate", done / len(wanted), {"context": gap})
         before = np.concatenate((lead, texts, between[:, between.shape[1] - gap :]), 1)
-        about: dict[str, Any] = {"metric_id": f"repeat@gap={gap},S={config.block}"}
+        about: dict[str, Any] = {"metric_id": f"repeat@gap={gap},S={config.block}", "axes": same}
         try:
             second = score_after(model, before, texts).mean(1)
         except PositionLimitError as error:
