@@ -48,6 +48,23 @@ _TABLE = (
         "ratio",
     ),
     Metric(
+        "burn_in_bits_per_byte",
+        "bit/byte",
+        "lower",
+        "bits per byte (stream without its beginning)",
+        "Bits per byte of the stream's bytes after the first 16 of each document, which a start symbol, or none, weighs on most.",
+        "ratio",
+    ),
+    Metric(
+        "halfway_bits_per_byte",
+        "bit/byte",
+        "neither",
+        "bits per byte at half of the training",
+        "Bits per byte of the same target bytes with the weights that the model had after half of its training bytes; says whether more "
+        "training changes what lies beyond the training context, and is compared with no other model.",
+        "ratio",
+    ),
+    Metric(
         "boundary_bits_per_byte",
         "bit/byte",
         "lower",

@@ -343,7 +343,8 @@ class _ShiftedSum(torch.autograd.Function):
 def cuda_kernels(device: str, module: str, name: str, conv_kernel: int) -> tuple[Any, Any] | None:
     """causal_conv1d_fn and mamba_ssm's ``module.name``, where both packages are installed beside a CUDA device.
 
-    Theirs convolves 2 to 4 tokens and no other number of them. A broken package raises its own error. No machine with a GPU has run what they return here.
+    Theirs convolves 2 to 4 tokens and no other number of them.
+    A broken package raises its own error. No machine with a GPU has run what they return here.
     """
     if device != "cuda" or conv_kernel not in (2, 3, 4):
         return None

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ from bdh_bench.errors import SpecError
 from bdh_bench.kernels import decode, rotary
 from bdh_bench.kernels.bdh_pass import Form, Weights, bdh_pass, chunk_length, chunks, read_chunk, select
 from bdh_bench.kernels.delta_rule import delta_rule
+from bdh_bench.models import _bdh_reference
 from bdh_bench.models._growing import GrowingMemory
 from bdh_bench.session import Memory, Streaming, TensorMemory
 from bdh_bench.types import Keep
@@ -415,6 +416,27 @@ class Model(Streaming, nn.Module):
             elements = context * (c.n_head * c.neurons + c.n_embd)
             return batch_size * c.n_layer * elements * self.embed.weight.dtype.itemsize
         return batch_size * c.n_layer * c.n_head * c.neurons * c.n_embd * self._state_dtype.itemsize
+
+    def reference_check(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Stored logits of the published code against these options on this device; nothing where the options change the numbers."""
+        known = _bdh_reference.CONFIG
+        changed = {f.name for f in fields(Config) if getattr(self.config, f.name) != f.default}
+        if changed - {*_PUBLISHED, *_FORMS}:
+            return
+        small = Model(replace(self.config, **known, dropout=0.0, state_dtype="float32", chunk=5))
+        small.load_state_dict(
+            {name: _bdh_reference.weight(name, p.shape) for name, p in small.named_parameters()}, False
+        )
+        small = small.to(self.embed.weight.device).eval()
+        tokens, expected = _bdh_reference.tokens().to(self.embed.weight.device), _bdh_reference.logits()
+        yield "the whole text", small.logits(tokens), expected
+        session = small.session()
+        yield "token by token", torch.cat([session.extend(t) for t in tokens.split(1, 1)], 1), expected
+
+    def phases(self, position: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Turns per token, cosine and sine of every pair at ``position``, as a stream uses them."""
+        by = self._turn(position, 1, self.embed.weight)
+        return by and (self.attn.freqs.flatten()[::2], by.cos[0], by.sin[0])
 
     def unrolled_parameter_count(self) -> int:
         """Parameters with the three shared matrices counted once per pass, as a model without sharing would hold them."""

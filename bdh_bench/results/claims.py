@@ -305,6 +305,7 @@ def _context(facts: Facts, sweep: Sweep) -> Claim:
         verdict += (
             f"; worse by more than {WORSE_BY} from {count(sweep.first_worse)} bytes on" if sweep.first_worse else ""
         )
+        verdict += f"; {sweep.halfway.text}" if sweep.halfway else ""
     elif change.contains_zero:
         why_not = why_not or "the interval contains 0: whether it uses the longer context is not decided"
         verdict = ""

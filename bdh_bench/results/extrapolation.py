@@ -5,7 +5,9 @@ All from the same-target sweep of one model, paired by document (each document's
 * gain(c) = bpb(c_min) − bpb(c); slope = change of bits per byte per doubling of context between two neighbours,
 * effective context: the smallest c for which the upper 95 % limit of bpb(c) − bpb(c_max) is below 0.005,
 * beyond T: the 95 % interval of bpb(L) − bpb(T) lies below 0 (*uses* it), contains 0 (*flat*) or lies above (*degrades*); and the
-  first L with bpb(L) > bpb(T) + 0.05.
+  first L with bpb(L) > bpb(T) + 0.05,
+* half of the training: the same verdict of the same model with the weights of half its training bytes, at one context beyond T. Where it
+  is another than that of the last weights there, more training changes how far the model reaches.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from bdh_bench.results.statistics import Estimate
 from bdh_bench.results.tables import Entry, Point, Table
 
 Verdict = Literal["uses", "flat", "degrades", "undecided"]
+HALFWAY = "halfway_bits_per_byte"
 NEGLIGIBLE = 0.005
 WORSE_BY = 0.05
 
@@ -40,12 +43,39 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Halfway:
+    """bpb(context) − bpb(T) at half of the training with its verdict, and the verdict of the last weights at that context."""
+
+    context: int
+    change: Estimate
+    verdict: Verdict
+    final: Verdict
+
+    @property
+    def differs(self) -> bool:
+        """Whether more training changed the verdict; what is undecided says nothing."""
+        return self.verdict != self.final and "undecided" not in (self.verdict, self.final)
+
+    @property
+    def text(self) -> str:
+        """For a sentence on the last weights."""
+        where = f"at {count(self.context)} bytes"
+        if "undecided" in (self.verdict, self.final):
+            return f"whether more training changes that is not decided {where}"
+        if self.differs:
+            then = f"was {self.verdict!r} at half of the training and is {self.final!r} at its end"
+            return f"more training changes it: {where} the verdict {then}"
+        return f"{where} the verdict was {self.verdict!r} at half of the training already"
+
+
+@dataclass(frozen=True)
 class Sweep:
     """What longer contexts are worth to one model.
 
     effective     smallest sufficient context; None where documents are too few to say
     first_worse   first L > T with bpb(L) > bpb(T) + 0.05
     base          T, where it was measured; None otherwise
+    halfway       the verdict at half of the training; None where that was not measured
     """
 
     model: str
@@ -55,6 +85,7 @@ class Sweep:
     first_worse: int | None
     seeds: int
     points: tuple[Point, ...]
+    halfway: Halfway | None = None
 
     @property
     def beyond(self) -> tuple[Step, ...]:
@@ -103,7 +134,25 @@ def _sweep(facts: Facts, model: str, line: dict[int, list[Point]]) -> Sweep:
     )
     seeds = max(len(points) for points in line.values())
     chosen = tuple(point for c in contexts for point in line[c])
-    return Sweep(model, base, tuple(steps), next(reached, None), min(worse, default=None), seeds, chosen)
+    half = _halfway(facts, model, line[contexts[0]][0], base, steps)
+    return Sweep(model, base, tuple(steps), next(reached, None), min(worse, default=None), seeds, chosen, half)
+
+
+def _halfway(facts: Facts, model: str, like: Point, base: int | None, steps: Sequence[Step]) -> Halfway | None:
+    """From the scores with the weights of half the training, at T and at the longest context beyond it."""
+    final = {step.context: step.verdict for step in steps if step.verdict}
+    points = {
+        p.context: p
+        for p in facts.select(model, HALFWAY)
+        if (p.task, p.target_hash) == (like.task, like.target_hash) and p.context in (base, *final)
+    }
+    longest = max(points, default=0)
+    verdict = final.get(longest)
+    if base not in points or verdict is None:
+        return None
+    at = [facts.documents_over_seeds(points[c]) for c in (longest, base)]
+    change = statistics.paired_difference(at[0], at[1], facts.clusters)
+    return Halfway(longest, change, verdict_of(change), verdict)
 
 
 def verdict_of(change: Estimate) -> Verdict:
@@ -124,7 +173,7 @@ def extrapolation_table(facts: Facts, sweeps: Sequence[Sweep], note: str = "", u
     t = facts.train_context
     columns = (
         "model", "claim", "gain to T", "gain to the longest", "slope per doubling", "effective context", "beyond T", "change",
-        "first worse by 0.05",
+        "first worse by 0.05", "at half of the training",
     )  # fmt: skip
     where = f"T = {count(t)} bytes" if t else "T is not known"
     scope = f"{where}. Statements about these checkpoints, each document's mean over the seeds. {note}".strip()
@@ -151,7 +200,15 @@ def _row(facts: Facts, sweep: Sweep, undertrained: bool) -> tuple[Entry, ...]:
         Entry(_beyond(beyond, undertrained), f"at {count(beyond.context)}" if beyond else ""),
         Entry(signed(change.value) if change else GAP, signed_interval(change.low, change.high) if change else ""),
         Entry(count(sweep.first_worse) if sweep.first_worse is not None else ("none" if beyond else GAP)),
+        _entry_halfway(sweep.halfway, undertrained),
     )
+
+
+def _entry_halfway(half: Halfway | None, undertrained: bool) -> Entry:
+    if half is None:
+        return Entry("not measured")
+    at = f"at {count(half.context)}: {signed(half.change.value)} {signed_interval(half.change.low, half.change.high)}"
+    return Entry("undertrained" if undertrained else f"{half.verdict}, then {half.final}", at)
 
 
 def _beyond(step: Step | None, undertrained: bool) -> str:
@@ -172,6 +229,7 @@ def sweep_as_json(sweep: Sweep) -> dict[str, Any]:
         "effective_context": sweep.effective,
         "first_worse": sweep.first_worse,
         "verdict": sweep.verdict,
+        "halfway": _halfway_as_json(sweep.halfway),
         "steps": [
             {
                 "context": step.context,
@@ -186,3 +244,11 @@ def sweep_as_json(sweep: Sweep) -> dict[str, Any]:
             for step in sweep.steps
         ],
     }
+
+
+def _halfway_as_json(half: Halfway | None) -> dict[str, Any] | None:
+    if half is None:
+        return None
+    change = half.change
+    about = {"context": half.context, "change": change.value, "low": change.low, "high": change.high}
+    return {**about, "verdict": half.verdict, "final": half.final, "differs": half.differs}

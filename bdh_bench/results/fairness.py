@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdh_bench.results.contenders import Facts
-from bdh_bench.results.display import GAP, count, number, quantity
+from bdh_bench.results.display import GAP, count, number, quantity, signed
 from bdh_bench.results.state_crossover import StateCrossover, state_crossovers
 from bdh_bench.results.store import CellOutcome
 from bdh_bench.results.tables import Entry, Table, finite
@@ -112,7 +112,9 @@ def card_of(facts: Facts) -> Card:
 def _best_cell(facts: Facts, model: str) -> CellOutcome | None:
     """The cell that knows most of a model: one that trained it, else any with notes."""
     known = [cell for cell in facts.run.cells if cell.model == model and cell.facts]
-    return min(known, key=lambda cell: ("training" not in cell.facts, cell.seed), default=None)
+    return min(
+        known, key=lambda cell: ("training" not in cell.facts, cell.seed, _start_effect(cell) is None), default=None
+    )
 
 
 def _fact(*path: str) -> Callable[[CellOutcome], Scalar]:
@@ -167,6 +169,21 @@ def _trials(cell: CellOutcome) -> Scalar:
     return len(_tried(cell)) or None
 
 
+def _start_effect(cell: CellOutcome) -> Scalar:
+    """Bits per byte with the start symbol and without it, on the documents that were read both ways."""
+    on, off, saved = (finite(_fact("start_symbol_check", name)(cell)) for name in ("on", "off", "difference"))
+    if on is None or off is None or saved is None:
+        return None
+    return f"{number(on)} with, {number(off)} without ({signed(saved)})"
+
+
+def _convolved(cell: CellOutcome) -> Scalar:
+    config = cell.facts.get("config")
+    if not isinstance(config, Mapping):
+        return None
+    return _scalar(config["conv_kernel"]) if "conv_kernel" in config else "no such option"
+
+
 def rows_of(train_context: int | None) -> tuple[Row, ...]:
     """Every line of the card; the state is read at T, 4T and 16T."""
     at = {k: str(k * train_context) if train_context else "" for k in _STATE_CONTEXTS}
@@ -201,11 +218,13 @@ def rows_of(train_context: int | None) -> tuple[Row, ...]:
         Row("learning_rate_trials", "how many learning rates", "", _trials),
         Row("flops_per_token", "forward operations per byte at T", "", _fact("flops_per_token")),
         Row("start_symbol", "start symbol", "", _start_symbol),
+        Row("start_symbol_effect", "bits per byte with and without the start symbol, 3 documents", "", _start_effect),
         Row("vocabulary", "vocabulary", "", _fact("vocab_size")),
         Row("positions", "positions", "", _positions),
         Row("dtype", "dtype of weights", "", _fact("dtype")),
         Row("precision", "dtype of products in training", "", _fact("training", "precision")),
         Row("kernels", "kernels", "", _fact("kernels")),
+        Row("short_convolution", "tokens under a short convolution (1: none)", "", _convolved),
         Row("architecture", "architecture", "", _fact("architecture")),
         Row("checkpoint", "checkpoint sha256", "", _fact("checkpoint")),
     )

@@ -3,6 +3,7 @@
 From the bits of every streamed byte (``stream.npz`` of a cell) and the classes of these bytes (``texts.npz`` of the run):
 
 * position buckets, with edges 0, 64, 128, 256, … bytes and, apart, 0, 1, 2, 4, … training contexts T;
+* the burn-in variant: the stream without the first 16 bytes of each document, on which a start symbol, or none, weighs most;
 * the recall slice: bytes whose past says them (by distance, in powers of two), contradicts them, or does not know their key.
 
 From the stamps of every decoding step (``decode.npz`` of a round): quantiles of the time between tokens, warm-up and first token left out.
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 
 SWEEP, STREAM = "bits_per_byte", "stream_bits_per_byte"
 POSITION, RECALL, GAIN, SLOPE = "position_bits_per_byte", "recall_bits_per_byte", "context_gain", "context_slope"
+BURN_IN = "burn_in_bits_per_byte"
+_BURNT = 16  # bytes
 STEP, BETWEEN = "tpot_s", "itl_s"
 #: Name → quantile of single steps, and the fewest steps in which it is not simply the largest.
 QUANTILES = {"p50": (0.5, 1), "p95": (0.95, 20), "p99": (0.99, 100), "max": (1.0, 1)}
 #: What this file makes. Shown with intervals, and never tested: the same bits would be asked the same question many times.
-DERIVED = frozenset({POSITION, RECALL, GAIN, SLOPE, BETWEEN})
+DERIVED = frozenset({BURN_IN, POSITION, RECALL, GAIN, SLOPE, BETWEEN})
 _FIRST_EDGE = 64
 _CONFLICT, _NOVEL = -1, 0  # classes that are no distance; below them: excluded
 _CARRIED = "bpb@stream,state=carry"
@@ -71,6 +74,7 @@ def derived_records(run: Run) -> Iterator[Record]:
         stream = stream_of(run, cell) if streamed else None
         if stream is not None:
             plain = replace(streamed[0], axes={}, context=0, repeat=0)
+            yield from burnt_in(stream, plain)
             yield from positions(stream, plain)
             yield from recall(stream, classes, plain)
         for one in cell.rounds:
@@ -157,6 +161,13 @@ def positions(stream: Stream, plain: Record) -> Iterator[Record]:
             )
             for document, bits, start in zip(stream.documents, stream.bits, stream.starts, strict=True):
                 yield from _weighed(made, document, bits[max(low - start, 0) : max(high - start, 0)])
+
+
+def burnt_in(stream: Stream, plain: Record) -> Iterator[Record]:
+    """One record per document: its stream from byte 16 on."""
+    made = replace(plain, metric=BURN_IN, metric_id=f"bpb@stream,burn_in={_BURNT}{stream.protocol or ',state=carry'}")
+    for document, bits, start in zip(stream.documents, stream.bits, stream.starts, strict=True):
+        yield from _weighed(made, document, bits[max(_BURNT - start, 0) :])
 
 
 def _doubling(first: int, longest: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -101,6 +102,7 @@ def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {
         **second,
         "regime": "crop+carried",
+        "halfway": None,  # half of the first stage would be another regime
         "bytes": bytes_ + second["bytes"],
         "steps": first["steps"] + second["steps"],
         "seconds": round(seconds + second["seconds"], 2),
@@ -109,6 +111,16 @@ def _joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "curve": curve,
         "stages": [first, second],
     }
+
+
+def halfway_of(model: Any, report: dict[str, Any]) -> Any:
+    """A copy of ``model`` with the weights that it had at half of its training; None where none were kept."""
+    kept = report.get("halfway")
+    if not kept:
+        return None
+    earlier = copy.deepcopy(model)
+    earlier.load_state_dict(Checkpoint(report["checkpoint"]).load_halfway(kept["sha256"]))
+    return earlier.eval()
 
 
 def fit(model: Any, spec: RunSpec, seed: int, corpus: Corpus) -> dict[str, Any]:

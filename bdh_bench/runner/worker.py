@@ -152,10 +152,10 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
-    from bdh_bench.runner.gates import failure, hold, splits
+    from bdh_bench.runner.gates import failure, hold, phase, splits
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
     from bdh_bench.runner.recipes import rate_source
-    from bdh_bench.runner.training import fit, practise_or_load, train_or_load
+    from bdh_bench.runner.training import fit, halfway_of, practise_or_load, train_or_load
 
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -211,12 +211,24 @@ def _results(
         state_protocol=spec.state_protocol,
         passed=lambda gate, error, bound: rows.append({"gate": gate, "kept": True, "error": error, "bound": bound}),
         note=facts.__setitem__,
+        halfway=lambda: halfway_of(model, facts.get("training", {})),
     )
     evaluated = now_s()
     yield from task.run(model, config, context)
     facts["evaluation_seconds"] = round(now_s() - evaluated, 3)
     _say("gates", 0.0, {})
     hold(model, registry.find("models", model_spec.family).module, "smoke" if spec.smoke else spec.gate, rows)
+    beyond = phase(model, _past(contexts, spec.train_context, asdict(config)))
+    rows += [found.row(0.0) for found in beyond]
+    for found in beyond:
+        if not found.kept:
+            raise failure(found)
+
+
+def _past(contexts: tuple[int, ...], train_context: int, config: dict[str, Any]) -> int:
+    """An odd position past all that the cell reads (phases of powers of two are exact by chance)."""
+    asked = (int(config.get(name, 0)) for name in ("longest", "stream_bytes"))
+    return 2 * max(*contexts, 16 * train_context, *asked) + 1
 
 
 def _practises(about: Mapping[str, Any], config: dict[str, Any]) -> bool:

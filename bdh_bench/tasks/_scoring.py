@@ -11,8 +11,9 @@ Legend: B streams, S scored bytes, N scored tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -192,6 +193,27 @@ def score_following(model: Any, before: bytes, content: bytes) -> NDArray[np.flo
         session.extend(torch.from_numpy(known[a : a + PIECE])[None].to(_device(model)), keep="last")
     skipped = 1 - len(start)
     return np.concatenate([s for _, s in _score_segment(model, session, second, (skipped, skipped, len(second)))])
+
+
+def start_symbol_effect(model: Any, texts: Sequence[bytes]) -> dict[str, float] | None:
+    """Bits per byte of these texts with and without the start symbol, over the same bytes; None for a model that has none.
+
+    Without it a text's first token cannot be predicted: it is left out on both sides.
+    """
+    if model.start_symbol is None:
+        return None
+    silent = copy.copy(model)  # the parameters are shared
+    silent.start_symbol = None
+    paid, sums = 0, np.zeros(2)
+    for text in texts:
+        off = score_document(silent, text)
+        on = score_document(model, text).bits[-len(off.bits) :] if len(off.bits) else off.bits
+        sums += on.astype(np.float64).sum(), off.bits.astype(np.float64).sum()
+        paid += off.byte_count
+    if not paid:
+        return None
+    with_it, without = (sums / paid).tolist()
+    return {"on": with_it, "off": without, "difference": without - with_it, "documents": len(texts), "bytes": paid}
 
 
 def check_reset(model: Any, first: bytes, second: bytes) -> None:

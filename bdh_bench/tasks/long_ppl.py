@@ -12,6 +12,12 @@ is ``unsupported`` there too. The bits of every byte are kept: position buckets 
 
 Boundary probe (``boundary=1``): what a document costs more when another one was read before it and the state was not emptied.
 
+Half of the training (``halfway``): the same targets are scored with the weights that the model had after half of its training bytes, at
+T and at the longest context beyond it that keeps this below 35 % of the rest (2: at every context from T on; 0: not at all). More training
+can make a model reach less far; the verdict beyond T says whether it did. Weights from elsewhere have no such half.
+
+Start symbol: three documents are scored with and without it, T bytes each; both numbers are facts of the cell.
+
 Cost per document: K · (2·C_max + |C|·S) bytes for the sweep over powers of two, and the stream. The defaults (K = 2) suit two cores; for
 a ranking take ``long_ppl:blocks=8`` and at least 20 documents.
 
@@ -32,7 +38,15 @@ from numpy.typing import NDArray
 
 from bdh_bench.data.targets import Targets, choose_targets, stream_bytes
 from bdh_bench.errors import PositionLimitError, SpecError
-from bdh_bench.tasks._scoring import CARRY, Reading, check_reset, score_after, score_document, score_following
+from bdh_bench.tasks._scoring import (
+    CARRY,
+    Reading,
+    check_reset,
+    score_after,
+    score_document,
+    score_following,
+    start_symbol_effect,
+)
 from bdh_bench.types import Arrays, Measurement, TaskContext
 
 DEFAULTS = {
@@ -44,6 +58,8 @@ DEFAULTS = {
 }
 
 _STATE_BUDGET_BYTES = 2**29  # streams are scored together while their states fit into this
+_START_DOCUMENTS = 3
+_HALFWAY_SHARE = 0.35  # of what all else costs, in bytes that are read
 _GATE_BYTES = 256  # of each of two texts, to see whether a state leaks from one to the next
 
 
@@ -57,6 +73,7 @@ class Config:
     window        bytes in all with ``--state window``; 0: the training context
     stride        bytes that are scored per window
     boundary      1 adds the boundary probe
+    halfway       scores the weights of half the training too: 0 never, 1 at T and one longer context, 2 from T on
     """
 
     block: int = 128
@@ -65,6 +82,7 @@ class Config:
     window: int = 0
     stride: int = 64
     boundary: int = 0
+    halfway: int = 1
 
 
 def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measurement | Arrays]:
@@ -79,10 +97,14 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
         model, *(text[: min(_GATE_BYTES, model.max_positions or _GATE_BYTES)] for text in (texts[0], texts[-1]))
     )
     context.passed("leak", 0.0, 0.0)
+    short = min(context.train_context, model.max_positions or context.train_context)
+    context.note("start_symbol_check", start_symbol_effect(model, [text[:short] for text in texts[:_START_DOCUMENTS]]))
     yield from _sweep(model, targets, context)
     yield from _streams(model, targets, texts, reading, context)
     if config.boundary:
         yield from _boundary(model, targets, texts, context)
+    if contexts := halfway_contexts(config.halfway, targets, context, length, model.max_positions):
+        yield from _halfway(context.halfway(), targets, contexts, context)
 
 
 def _reading(config: Config, context: TaskContext) -> Reading:
@@ -98,7 +120,7 @@ def _reading(config: Config, context: TaskContext) -> Reading:
 
 
 def _sweep(model: Any, targets: Targets, context: TaskContext) -> Iterator[Measurement | Arrays]:
-    owner = np.repeat(np.arange(len(targets.documents)), [len(s) for s in targets.starts])
+    owner = _owners(targets)
     arrays: dict[str, NDArray[Any]] = {
         "documents": np.array([d.name for d in targets.documents]),
         "block_document": owner,
@@ -106,22 +128,17 @@ def _sweep(model: Any, targets: Targets, context: TaskContext) -> Iterator[Measu
     }
     for done, length in enumerate(sorted(context.contexts)):
         context.progress("evaluate", done / len(context.contexts), {"context": length})
-        about: dict[str, Any] = {
-            "axes": {"target_hash": targets.hash},
-            "metric_id": f"bpb@c={length},S={targets.block}",
-        }
+        metric_id = f"bpb@c={length},S={targets.block}"
         try:
             bits = _score(model, targets, length)
         except PositionLimitError as error:
-            yield Measurement("bits_per_byte", None, length, status="unsupported", reason=str(error), **about)
+            axes = {"target_hash": targets.hash}
+            yield Measurement(
+                "bits_per_byte", None, length, axes=axes, metric_id=metric_id, status="unsupported", reason=str(error)
+            )
             continue
         arrays[f"bits_c{length}"] = bits
-        for index, document in enumerate(targets.documents):
-            scored = bits[owner == index].astype(np.float64)
-            weight = float(scored.size)
-            yield Measurement(
-                "bits_per_byte", float(scored.mean()), length, sample=document.name, weight=weight, **about
-            )
+        yield from _by_document("bits_per_byte", metric_id, length, bits, owner, targets)
     yield Arrays("bits", arrays)
 
 
@@ -166,6 +183,53 @@ def _streams(
             **arrays,
         },
     )
+
+
+def halfway_contexts(
+    wanted: int, targets: Targets, context: TaskContext, streamed: int, limit: int | None
+) -> tuple[int, ...]:
+    """T, and the contexts beyond it at which half of the training is scored; () where there are none of both."""
+    fitting = [c for c in sorted(context.contexts) if limit is None or c + targets.block <= limit]
+    base, beyond = context.train_context, [c for c in fitting if c > context.train_context]
+    if not wanted or base not in fitting or not beyond:
+        return ()
+    if wanted > 1:
+        return (base, *beyond)
+    blocks = sum(map(len, targets.starts)) / len(targets.documents)
+    budget = _HALFWAY_SHARE * (blocks * sum(c + targets.block for c in fitting) + streamed)
+    cheap = [c for c in beyond if blocks * (base + c + 2 * targets.block) <= budget]
+    return (base, cheap[-1]) if cheap else ()
+
+
+def _halfway(
+    earlier: Any, targets: Targets, contexts: tuple[int, ...], context: TaskContext
+) -> Iterator[Measurement | Arrays]:
+    """The sweep with the weights of half the training, under a name of its own."""
+    if earlier is None:
+        return
+    arrays: dict[str, NDArray[Any]] = {"documents": np.array([d.name for d in targets.documents])}
+    arrays["block_document"] = owner = _owners(targets)
+    for done, length in enumerate(contexts):
+        context.progress("halfway", done / len(contexts), {"context": length})
+        arrays[f"bits_c{length}"] = bits = _score(earlier, targets, length)
+        metric_id = f"bpb@halfway,c={length},S={targets.block}"
+        yield from _by_document("halfway_bits_per_byte", metric_id, length, bits, owner, targets)
+    yield Arrays("halfway", arrays)
+
+
+def _owners(targets: Targets) -> NDArray[np.int64]:
+    """The number of the document of each block."""
+    return np.repeat(np.arange(len(targets.documents)), [len(s) for s in targets.starts])
+
+
+def _by_document(
+    metric: str, metric_id: str, length: int, bits: NDArray[np.float32], owner: NDArray[np.int64], targets: Targets
+) -> Iterator[Measurement]:
+    axes = {"target_hash": targets.hash}
+    for index, document in enumerate(targets.documents):
+        scored = bits[owner == index].astype(np.float64)
+        value, weight = float(scored.mean()), float(scored.size)
+        yield Measurement(metric, value, length, axes=axes, sample=document.name, weight=weight, metric_id=metric_id)
 
 
 def _boundary(model: Any, targets: Targets, texts: list[bytes], context: TaskContext) -> Iterator[Measurement]:

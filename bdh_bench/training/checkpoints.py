@@ -1,6 +1,7 @@
 """Where trained weights are kept, and how are they found again?
 
     <cache>/checkpoints/<key>/weights.safetensors   final weights
+    <cache>/checkpoints/<key>/halfway.safetensors    weights after half of the byte budget, on the way of the whole training
     <cache>/checkpoints/<key>/training.json          recipe, curve, sha256 of the weights; written last: it says 'complete'
     <cache>/checkpoints/<key>/partial.safetensors   weights, optimiser and step of a training that was stopped
 
@@ -34,6 +35,10 @@ class Checkpoint:
     def weights(self) -> Path:
         return self.folder / "weights.safetensors"
 
+    @property
+    def halfway(self) -> Path:
+        return self.folder / "halfway.safetensors"
+
     def prepare(self) -> None:
         """Create the folder. Raises StoreError."""
         try:
@@ -62,6 +67,17 @@ class Checkpoint:
 
     def load_weights(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = load_file(str(self.weights))
+        return tensors
+
+    def keep_halfway(self, tensors: dict[str, Tensor]) -> None:
+        """Store the weights of half the budget."""
+        self._write_tensors(self.halfway, tensors, {})
+
+    def load_halfway(self, sha256: str) -> dict[str, Tensor]:
+        """Those weights. Raises CheckpointError where they are not the ones with this sha256."""
+        if not self.halfway.is_file() or sha256_of(self.halfway) != sha256:
+            raise self._damaged("the weights of half the training do not match their sha256")
+        tensors: dict[str, Tensor] = load_file(str(self.halfway))
         return tensors
 
     def finish(self, tensors: dict[str, Tensor], report: dict[str, Any]) -> dict[str, Any]:

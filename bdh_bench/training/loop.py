@@ -7,6 +7,9 @@ In the regime ``carried`` B rows read a document side by side, piece after piece
 ends at the document's edge. It ends earlier (``carry_limit``, bytes) at the last position of a model that has one, whose pieces are
 then equal parts of its table, and after 16 training contexts in a model whose state grows with every byte.
 
+The weights after half of the steps are kept beside the last ones: a second checkpoint of the same training, whose learning rate was
+on the schedule of the whole.
+
 Legend: B pieces per step, T bytes per piece, V vocabulary.
 """
 
@@ -29,7 +32,7 @@ from bdh_bench.data.pieces import CarriedText, TrainingText
 from bdh_bench.errors import BenchError
 from bdh_bench.measure.allocator import keep_freed_memory
 from bdh_bench.measure.clock import now_s
-from bdh_bench.training.checkpoints import Checkpoint, optimiser_tensors, restore_optimiser
+from bdh_bench.training.checkpoints import Checkpoint, optimiser_tensors, restore_optimiser, sha256_of
 from bdh_bench.training.recipe import Recipe
 
 _SAVE_EVERY_S = 20.0
@@ -108,6 +111,7 @@ class Training:
     def __init__(self, model: Any, recipe: Recipe, reader: Reader, checkpoint: Checkpoint | None) -> None:
         self.model, self.recipe, self.reader, self.checkpoint = model, recipe, reader, checkpoint
         self.steps = reader.steps(recipe)
+        self.half = reader.halfway(self.steps)
         self.optimiser = torch.optim.AdamW(
             _groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=_BETAS, fused=True
         )
@@ -126,6 +130,8 @@ class Training:
             self._inside = True
             self._pending.append(self.one())
             self.step += 1
+            if self.step == self.half and self.checkpoint is not None:
+                self.checkpoint.keep_halfway(self.model.state_dict())
             self._inside = False
             self.seconds = before + now_s() - started
             if self.step % every == 0 or self.step == self.steps:
@@ -200,6 +206,7 @@ class Training:
             "batch": reader.rows,
             "steps": self.step,
             "mastered": self.mastered,
+            "halfway": self._halfway(),
             "learning_rate": recipe.learning_rate,
             "optimiser": f"AdamW{_BETAS}",
             "schedule": f"linear warm-up, cosine to {recipe.final_share:g}",
@@ -213,6 +220,14 @@ class Training:
             "validation_bits_per_byte": validation,
             "curve": self.curve,
         }
+
+    def _halfway(self) -> dict[str, Any] | None:
+        """What is known of the weights of half the budget."""
+        if not self.half or self.checkpoint is None or not self.checkpoint.halfway.is_file():
+            return None
+        read, rate = self.reader.read(self.half), self.recipe.rate(self.half - 1, self.steps)
+        about = {"steps": self.half, "bytes": read, "learning_rate": rate, "schedule": "that of the whole training"}
+        return {**about, "sha256": sha256_of(self.checkpoint.halfway)}
 
 
 class Reader(Protocol):
@@ -229,6 +244,9 @@ class Reader(Protocol):
 
     def steps(self, recipe: Recipe) -> int:
         """Steps at the most."""
+
+    def halfway(self, steps: int) -> int:
+        """After which of so many steps the weights are kept as those of half the training; 0: never."""
 
     def read(self, steps: int) -> int:
         """Target bytes (or tokens) of this many steps."""
@@ -264,6 +282,9 @@ class _Text:
 
     def steps(self, recipe: Recipe) -> int:
         return recipe.steps(self.length, self.rows)
+
+    def halfway(self, steps: int) -> int:
+        return steps // 2
 
     def read(self, steps: int) -> int:
         return steps * self.rows * self.length
