@@ -72,6 +72,52 @@ def test_the_first_context_that_is_worse_by_005(tmp_path: Path) -> None:
     assert sweep(made(tmp_path / "b", beyond(-0.01))).first_worse is None
 
 
+def with_half(run: Run, change: float, noise: float = 0.002) -> Run:
+    """The run with scores of half the training at T = 256 and at 1,024 bytes, ``change`` apart."""
+    rows = []
+    for r in run.records:
+        if r.metric == "bits_per_byte" and r.context in (256, 1024):
+            own = 2.9 + 0.2 * math.sin(1.3 * int(r.sample[3:-4]))
+            past = (change + noise * math.sin(3.7 * int(r.sample[3:-4]))) if r.context == 1024 else 0.0
+            about = {"metric": "halfway_bits_per_byte", "metric_id": f"bpb@halfway,c={r.context},S=128"}
+            rows.append(replace(r, value=own + past, **about))
+    return replace(run, records=(*run.records, *rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict", "says"),
+    [
+        (-0.05, "uses", "more training changes it: at 1,024 bytes the verdict was 'uses' at half of the training and is 'degrades'"),
+        (0.05, "degrades", "at 1,024 bytes the verdict was 'degrades' at half of the training already"),
+    ],
+)  # fmt: skip
+def test_a_verdict_that_more_training_changes_says_so(tmp_path: Path, change: float, verdict: str, says: str) -> None:
+    plain = made(tmp_path, beyond(0.04, 0.002))
+    run = with_half(plain, change)
+    half, bare = sweep(run).halfway, sweep(plain)
+    assert half is not None
+    assert (half.context, half.verdict, half.final) == (1024, verdict, "degrades")
+    assert half.change.value == pytest.approx(change, abs=1e-3)
+    assert half.differs == (verdict == "uses")
+    texts = [claim.text for claim in answer_of(run).claims if claim.topic == "context"]
+    assert any(says in text for text in texts)
+    assert bare.halfway is None
+    assert replace(sweep(run), halfway=None) == bare  # no headline number has anything of it
+    compared = [c for c in assess(run).comparisons if c.point.metric == "halfway_bits_per_byte"]
+    assert not compared
+    (table,) = (t for t in assess(run).tables() if t.id == "table-extrapolation")
+    assert table.columns[-1] == "at half of the training"
+    assert table.rows[0][-1].text == f"{verdict}, then degrades"
+    assert "at half of the training" not in " ".join(c.text for c in answer_of(plain).claims)
+
+
+def test_few_documents_do_not_say_whether_more_training_changes_anything(tmp_path: Path) -> None:
+    run = write_run(tmp_path, documents=4, models=("bdh@1m",), tasks=("long_ppl",), crash=None, losses=beyond(0.1))
+    half = sweep(with_half(run, -0.1)).halfway
+    assert half is not None
+    assert (half.verdict, half.differs) == ("undecided", False)
+
+
 def test_gain_slope_and_effective_context(tmp_path: Path) -> None:
     found = sweep(made(tmp_path, beyond(-0.002)))
     assert [step.gain for step in found.steps] == pytest.approx([0.0, 0.02, 0.022, 0.024, 0.026])

@@ -118,6 +118,17 @@ def test_the_origin_of_a_rate_is_that_of_the_request() -> None:
     assert rate_source(parse_model("someone"), spec) == {"source": "default of the family", "grid": []}
 
 
+def test_the_card_shows_what_the_start_symbol_and_a_short_convolution_are_worth(run: Run) -> None:
+    effect = {"on": 2.25, "off": 2.5, "difference": 0.25, "documents": 3, "bytes": 765}
+    run = given(run, "mamba", "start_symbol_check", value=effect)
+    run = given(run, "mamba", "config", "conv_kernel", value=4)
+    rows = {row[0].text: [e.text for e in row[1:]] for row in fairness_table(*card(run)).rows}
+    bits = next(texts for name, texts in rows.items() if "without the start symbol" in name)
+    assert bits[0] == "—"
+    assert bits[1].startswith("2.25 with, 2.5 without (+0.25")
+    assert rows["tokens under a short convolution (1: none)"] == ["no such option", "4"]
+
+
 def test_all_four_matchings_are_printed_whatever_is_declared(run: Run) -> None:
     assert set(card(run)[0].ratios("bdh@1m", "mamba@1m")) == set(AXES)
 

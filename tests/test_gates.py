@@ -19,6 +19,7 @@ from bdh_bench import load_model
 from bdh_bench.data.corpus import Document
 from bdh_bench.errors import LawError
 from bdh_bench.folders import cache_folder
+from bdh_bench.kernels import rotary
 from bdh_bench.loading import build
 from bdh_bench.models import bdh, gpt2, llama, toy
 from bdh_bench.results.assessment import assess
@@ -100,6 +101,22 @@ class Truncates(gpt2.Model):
         return self.Session(self, batch_size, self.memory(batch_size), 0)
 
 
+class NotThePublishedForm(bdh.Model):
+    """One norm more: every form of it agrees with every other, and none with the published code."""
+
+    def advance(self, memory: Any, position: int, tokens: Tensor, keep: Any) -> Tensor:
+        return 1.01 * super().advance(memory, position, tokens, keep)
+
+
+class NarrowPhases(bdh.Model):
+    """As if the angle were a product in float32."""
+
+    def _turn(self, position: int, length: int, x: Tensor) -> rotary.Turn | None:
+        where = torch.arange(position, position + length, dtype=torch.float32)
+        angle = torch.outer(where, self.attn.freqs.flatten()[::2]).remainder(1.0) * (2 * math.pi)
+        return rotary.Turn(angle.cos(), angle.sin())
+
+
 class OtherParallelForm(bdh.Model):
     """The quadratic form is not that of the chunks."""
 
@@ -141,7 +158,50 @@ def test_a_broken_model_stops_at_its_gate(bug: type[Any]) -> None:
 def test_a_sound_model_passes(kind: type[Any]) -> None:
     found = list(gates.gates_of(_built(kind), _SMOKE))
     assert all(f.kept for f in found)
-    assert {f.gate for f in found} == set(BUGS.values())
+    hooked = {"reference"} if kind is bdh.Model else set()
+    assert {f.gate for f in found} == set(BUGS.values()) | hooked
+
+
+def test_logits_are_those_of_the_published_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What agrees with itself in all its forms can still be another model."""
+    assert [f.kept for f in gates.reference(_built(bdh.Model))] == [True, True]
+    monkeypatch.setattr(bdh, "Model", NotThePublishedForm)
+    found = list(gates.reference(_built(NotThePublishedForm)))
+    assert not any(f.kept for f in found)
+    monkeypatch.undo()
+    published = bdh._bdh_reference.CONFIG
+    golden = json.loads((Path(__file__).parent / "golden" / "bdh_reference_logits.json").read_text())
+    (case,) = (c for c in golden["cases"] if c["config"] == published)
+    assert (bdh._bdh_reference.logits()[0] - torch.tensor(case["logits"])).abs().max() == 0
+    assert bdh._bdh_reference.tokens()[0].tolist() == case["tokens"]
+    for mode in ("parallel", "chunked", "recurrent", "sparse"):
+        assert all(f.kept for f in gates.reference(load_model(f"{_BDH}:mode={mode}")))
+    assert not list(
+        gates.reference(load_model(f"{_BDH}:rope=off"))
+    )  # another model, of which the published code says nothing
+
+
+def test_a_phase_is_judged_at_the_last_odd_position() -> None:
+    """Float32 is good enough at first and not far on; a power of two would hide it."""
+    sound, narrow = _built(bdh.Model), _built(NarrowPhases)
+    for position, kept in ((257, True), (131_073, False)):
+        (found,) = gates.phase(narrow, position)
+        assert (found.kept, found.length) == (kept, position)
+    assert all(f.kept and f.error < 1e-6 for f in gates.phase(sound, 2**20 + 1))
+    assert gates.phase(narrow, 2**17)[0].kept
+    assert gates.phase(_built(llama.Model), 131_073) == []
+    assert gates.phase(load_model(f"{_BDH}:rope=off"), 131_073) == []
+
+
+def test_a_failed_phase_stores_no_value(books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdh_bench.runner import worker
+    from bdh_bench.types import Cell
+
+    monkeypatch.setattr(bdh.Model, "_turn", NarrowPhases._turn)
+    spec = RunSpec((_BDH,), ("memory",), f"path:{books}", (64,), train_context=4096, smoke=True)
+    outcome = worker._outcome(Cell("k", _BDH, "memory", 0, 64), spec, (64,), tmp_path)
+    assert (outcome["status"], outcome["measurements"]) == ("gate_failed", [])
+    assert outcome["reason"].startswith("gate phase: phase at 131,073 tokens")
 
 
 def test_what_is_lost_past_700_tokens_is_seen_at_777_and_not_at_65() -> None:
@@ -272,10 +332,11 @@ def test_a_cell_says_which_gates_it_passed(tmp_path: Path, books: Path) -> None:
     assert exit_code(run) == 0
     wanted = {"splits", "leak", "ledger", "golden", "truncation", "numerics", "parity", "census", "batch"}
     for cell in run.cells:
-        assert {row["gate"] for row in cell.facts["gates"]} == wanted
+        own = {"reference", "phase"} if cell.family == "bdh" else set()
+        assert {row["gate"] for row in cell.facts["gates"]} == wanted | own
         assert all(row["kept"] for row in cell.facts["gates"])
     rows = json.loads(json.dumps(assess(run).as_json(), allow_nan=False))["gates"]
-    assert {row["gate"] for row in rows} == wanted
+    assert {row["gate"] for row in rows} == wanted | {"reference", "phase"}
     assert all(row["failed"] == 0 and row["error"] <= row["bound"] for row in rows)
     norms = [row["state_norm"] for row in run.cells[0].facts["gates"] if row["gate"] == "numerics"]
     assert norms

@@ -28,6 +28,7 @@ from bdh_bench.tasks._scoring import (
     score_following,
     score_stream,
     spread,
+    start_symbol_effect,
 )
 from bdh_bench.types import Arrays, Encoding, Measurement, TaskContext
 
@@ -136,6 +137,88 @@ def test_memory_of_scoring_64_kib_with_bdh_does_not_grow() -> None:
             pass
         peaks.append(memory.peak_resident_bytes() - before)
     assert peaks[1] <= peaks[0] + 4 * 2**20
+
+
+# -- the start symbol, and half of the training ----------------------------------------------------------------------------
+
+
+def _plainly(model: Any, tokens: list[int], scored: int) -> float:
+    """Bits of the last ``scored`` of these tokens, by a full forward."""
+    text = torch.tensor(tokens)
+    with torch.inference_mode():
+        logp = model.logits(text[None, :-1])[0].log_softmax(-1)
+    return float(-logp.gather(1, text[1:, None])[-scored:].sum() / math.log(2))
+
+
+def test_the_start_symbol_is_left_out_and_both_sides_pay_for_the_same_bytes() -> None:
+    model = load_model(_TINY)
+    with torch.no_grad():
+        model.embed.weight[10] *= 50  # a symbol that weighs on everything after it
+        for weight in model.parameters():
+            weight.mul_(6)
+    texts = [os.urandom(40) for _ in range(3)]
+    found = start_symbol_effect(model, texts)
+    assert found is not None
+    on = sum(_plainly(model, [10, *text], 39) for text in texts) / (3 * 39)
+    off = sum(_plainly(model, [*text], 39) for text in texts) / (3 * 39)
+    assert found["on"] == pytest.approx(on, abs=1e-4)
+    assert found["off"] == pytest.approx(off, abs=1e-4)
+    assert abs(found["difference"] - (off - on)) < 1e-4 < abs(off - on)
+    assert (found["documents"], found["bytes"]) == (3, 3 * 39)
+    assert model.start_symbol == 10
+    assert start_symbol_effect(Pairs(start_symbol=None), texts) is None
+    odd = start_symbol_effect(Pairs(), [b"abcde"])  # tokens of 2, 2 and 1 bytes: the first is left out
+    assert odd is not None
+    assert (odd["bytes"], odd["difference"]) == (3, 0.0)
+    assert odd["on"] == pytest.approx(2 * _PER_TOKEN / 3)
+
+
+def test_the_start_symbol_is_a_fact_of_the_cell(books: Path) -> None:
+    noted: dict[str, Any] = {}
+    context = replace(_context(books, (128,)), note=noted.__setitem__)
+    list(long_ppl.run(load_model(_TINY), long_ppl.Config(), context))
+    assert (noted["start_symbol_check"]["documents"], noted["start_symbol_check"]["bytes"]) == (3, 3 * 63)  # T = 64
+
+
+_TINY = "bdh:n_layer=2:n_embd=16:n_head=2:mlp_internal_dim_multiplier=4"
+
+
+def test_half_of_the_training_is_scored_on_the_same_targets_under_its_own_name(books: Path) -> None:
+    model, earlier = load_model(_TINY, seed=1), load_model(_TINY, seed=2)
+    contexts = (64, 128, 256, 512)
+    context = replace(_context(books, contexts), halfway=lambda: earlier)
+    items = list(long_ppl.run(model, long_ppl.Config(halfway=2), context))
+    rows = _rows(items, "halfway_bits_per_byte")
+    alone = _rows(list(long_ppl.run(earlier, long_ppl.Config(halfway=0), context)))
+    assert [(r.context, r.sample, r.value, r.axes) for r in rows] == [
+        (r.context, r.sample, r.value, r.axes) for r in alone
+    ]
+    assert {r.metric_id for r in rows} == {f"bpb@halfway,c={c},S=128" for c in contexts}
+    final = _rows(items)
+    plain = _rows(list(long_ppl.run(model, long_ppl.Config(), replace(context, halfway=lambda: None))))
+    assert [(r.metric_id, r.value) for r in final] == [(r.metric_id, r.value) for r in plain]
+    assert {r.value for r in final}.isdisjoint(r.value for r in rows)
+
+
+def test_half_of_the_training_costs_at_most_a_third_more(books: Path) -> None:
+    """With one context beyond T, the longest that fits; nothing without T, without a context beyond it or past the last position."""
+    for contexts, blocks, streamed, chosen in (
+        ((32, 64, 128, 256, 512, 1024), 2, 1024, (64, 512)),
+        ((32, 64, 128, 256, 512, 1024), 8, 1024, (64, 512)),
+        ((64, 128), 2, 0, ()),
+        ((32, 128), 2, 1024, ()),
+        ((32, 64), 2, 1024, ()),
+    ):
+        context = _context(books, contexts)
+        targets = choose_targets(context.documents, max(contexts), 128, blocks, 10)
+        assert long_ppl.halfway_contexts(1, targets, context, streamed, None) == chosen
+        extra = blocks * sum(c + 128 for c in chosen)
+        assert extra <= 0.35 * (blocks * sum(c + 128 for c in contexts) + streamed)
+        assert long_ppl.halfway_contexts(0, targets, context, streamed, None) == ()
+    context = _context(books, (64, 128, 256))
+    targets = choose_targets(context.documents, 256, 128, 2, 10)
+    assert long_ppl.halfway_contexts(2, targets, context, 1024, 300) == (64, 128)
+    assert long_ppl.halfway_contexts(2, targets, context, 1024, 200) == ()
 
 
 # -- models with a tokenizer of their own --------------------------------------------------------------------------------

@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic_run
+import torch
 from torch import Tensor
 
 from bdh_bench import load_model
 from bdh_bench.errors import LawError, UnknownNameError
 from bdh_bench.metrics import METRICS, metric
 from bdh_bench.models import toy
+from bdh_bench.registry import list_models, load
 from bdh_bench.results.figures import figures_of
 from bdh_bench.results.store import measurement_body
 from bdh_bench.results.tables import points_of
+from bdh_bench.runner import gates
 from bdh_bench.runner.worker import _model_facts
 from bdh_bench.spec import parse_model
 from bdh_bench.tasks import _exercises, latency, memory
@@ -170,6 +173,37 @@ def test_a_slow_prefill_is_not_in_the_time_per_token() -> None:
     rows = [m for m in latency.run(_SlowPrefill(toy.Config()), config, _context(64)) if isinstance(m, Measurement)]
     assert min(m.value or 0 for m in rows if m.metric == "prefill_s") >= 0.05
     assert min(m.value or 1 for m in rows if m.metric == "tpot_s") < 0.0125  # a fourth of a piece
+
+
+_CONVOLVED = ("mamba", "mamba2", "gated_delta")
+
+
+@pytest.mark.parametrize("family", _CONVOLVED)
+def test_a_short_convolution_can_be_left_out(family: str) -> None:
+    """P29: with ``conv_kernel=1`` a model looks at no neighbour past its state, and keeps every gate."""
+
+    def looks_at_a_neighbour(kernel: int) -> bool:
+        model = load_model(f"{family}:conv_kernel={kernel}:d_model=32:n_layer=1")
+        logits = []
+        with torch.inference_mode():
+            for first in (3, 4):
+                session = model.session()
+                session.extend(torch.tensor([[first, first, first, first]]))
+                kept = session.memory.tensors()
+                session.memory.load({n: t if "conv" in n else torch.zeros_like(t) for n, t in kept.items()})
+                logits.append(session.extend(torch.tensor([[5]])))
+        return not torch.equal(*logits)
+
+    assert looks_at_a_neighbour(4)
+    assert not looks_at_a_neighbour(1)
+    assert all(f.kept for f in gates.gates_of(load_model(f"{family}:conv_kernel=1:d_model=32:n_layer=2"), (65,)))
+
+
+def test_every_family_with_a_short_convolution_can_leave_it_out() -> None:
+    """P29: the list above is whole."""
+    built_in = [entry.name for entry in list_models() if entry.origin == "built in"]
+    found = [name for name in built_in if "conv_kernel" in load("models", name).Config.__dataclass_fields__]
+    assert sorted(found) == sorted(_CONVOLVED)
 
 
 def test_an_example_drawn_from_a_shared_generator_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from synthetic_run import write_run
 
 from bdh_bench.results.reductions import (
     Stream,
+    burnt_in,
     classes_of,
     derived_records,
     gains,
@@ -186,3 +187,26 @@ def test_reading_is_fast_and_repeatable(run: Run) -> None:
     first = points_of(run)
     assert points_of(open_run(run.path)) == first
     assert time.perf_counter() - started < 10
+
+
+# -- burn-in -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_burn_in_variant_is_the_stream_without_its_first_16_bytes(run: Run) -> None:
+    """toy:copy pays dearly for the first 64 bytes of a document and nothing after them."""
+    plain = next(r for r in run.records if r.metric == "stream_bits_per_byte")
+    bits = tuple(np.arange(n, dtype=np.float64) for n in (100, 16, 20))
+    stream = Stream(("a", "b", "c"), bits, (0, 0, 4), 64, "bpb@stream,state=carry")
+    found = {r.sample: (r.value, r.weight) for r in burnt_in(stream, plain)}
+    assert found == {
+        "a": (pytest.approx(sum(range(16, 100)) / 84), 84.0),
+        "c": (pytest.approx(sum(range(12, 20)) / 8), 8.0),
+    }
+    assert {r.metric_id for r in burnt_in(stream, plain)} == {"bpb@stream,burn_in=16,state=carry"}
+    cold = replace(stream, metric_id="bpb@stream,state=cold,block=64")
+    assert {r.metric_id for r in burnt_in(cold, plain)} == {"bpb@stream,burn_in=16,state=cold,block=64"}
+    rows = [r for r in derived_records(run) if r.metric == "burn_in_bits_per_byte"]
+    assert {r.value for r in rows if r.model.startswith("toy:uniform")} == {8.0}
+    whole = {(r.model, r.sample): r for r in run.records if r.metric == "stream_bits_per_byte"}
+    for r in rows:
+        assert r.weight == whole[r.model, r.sample].weight - 16

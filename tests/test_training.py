@@ -15,6 +15,7 @@ from bdh_bench import load_model
 from bdh_bench.data.corpus import Document, open_corpus
 from bdh_bench.data.pieces import CarriedText
 from bdh_bench.errors import BenchError, CheckpointError, PositionLimitError, UnknownNameError
+from bdh_bench.runner.training import halfway_of
 from bdh_bench.training import loop
 from bdh_bench.training.checkpoints import Checkpoint
 from bdh_bench.training.loop import train
@@ -69,6 +70,35 @@ def test_stopped_and_resumed_equals_uninterrupted(books: Path, monkeypatch: pyte
     assert [p[:2] for p in again["curve"]] == [p[:2] for p in report["curve"]]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert not (Checkpoint("b" * 64).folder / "partial.safetensors").exists()
+
+
+def test_the_weights_of_half_the_budget_are_those_of_that_step(books: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the schedule of the whole training, and the same whether or not it was stopped in between."""
+    recipe = Recipe(16_384, 64, 1e-2, 3, batch_bytes=1024)  # 16 steps
+    whole, report = _train(books, "a" * 64, recipe)
+    kept = report["halfway"]
+    assert (kept["steps"], kept["bytes"]) == (8, 8192)
+    assert kept["learning_rate"] == recipe.rate(7, 16) != recipe.rate(7, 8)
+
+    def stop(phase: str, share: float, facts: dict[str, Any]) -> None:
+        if share >= 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _train(books, "b" * 64, recipe, stop)
+    partial = Checkpoint("b" * 64).load_partial()
+    assert partial is not None
+    assert partial[1]["step"] == 8
+    half = Checkpoint("a" * 64).load_halfway(kept["sha256"])
+    assert all(torch.equal(half[name], partial[0][f"model.{name}"]) for name in half)
+    assert not all(torch.equal(half[name], last) for name, last in whole.state_dict().items())
+    assert _train(books, "b" * 64, recipe)[1]["halfway"] == kept
+
+    earlier = halfway_of(whole, {**report, "checkpoint": "a" * 32})
+    assert all(torch.equal(half[name], own) for name, own in earlier.state_dict().items())
+    Checkpoint("a" * 64).keep_halfway(whole.state_dict())  # other weights under its name
+    with pytest.raises(CheckpointError, match="half the training"):
+        halfway_of(whole, {**report, "checkpoint": "a" * 32})
 
 
 _CARRIED = Recipe(8192, 64, 1e-2, 3, batch_bytes=256, regime="carried")  # 4 rows, 16 or 17 pieces per document
