@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ from bdh_bench.results.figures import figures_of
 from bdh_bench.results.store import measurement_body
 from bdh_bench.results.tables import points_of
 from bdh_bench.runner import gates
-from bdh_bench.runner.worker import _model_facts
-from bdh_bench.spec import parse_model
+from bdh_bench.runner.worker import _model_facts, _outcome
+from bdh_bench.spec import RunSpec, parse_model
 from bdh_bench.tasks import _exercises, latency, memory
-from bdh_bench.types import Measurement, TaskContext
+from bdh_bench.types import Cell, Measurement, TaskContext
 
 _ROOT = Path(__file__).parent.parent
 _PAGE = (_ROOT / "docs" / "pitfalls.md").read_text(encoding="utf-8")
@@ -173,6 +174,28 @@ def test_a_slow_prefill_is_not_in_the_time_per_token() -> None:
     rows = [m for m in latency.run(_SlowPrefill(toy.Config()), config, _context(64)) if isinstance(m, Measurement)]
     assert min(m.value or 0 for m in rows if m.metric == "prefill_s") >= 0.05
     assert min(m.value or 1 for m in rows if m.metric == "tpot_s") < 0.0125  # a fourth of a piece
+
+
+def test_a_trained_cell_has_half_of_its_training_and_its_start_symbol(books: Path, tmp_path: Path) -> None:
+    """P24 and P30, through the worker; ``crop+carried`` has no half, for that would be another regime."""
+    name = "bdh:n_layer=1:n_embd=16:n_head=2:mlp_internal_dim_multiplier=4"
+    spec = RunSpec((name,), ("long_ppl",), f"path:{books}", (64, 128, 256), 8192, 64, smoke=True)
+    found = {}
+    for regime in ("crop", "crop+carried"):
+        one = replace(spec, regime=regime)
+        files = tmp_path / regime
+        files.mkdir()
+        found[regime] = _outcome(Cell("k", name, "long_ppl", 0), one, (64, 128, 256), files)
+        assert found[regime]["status"] == "ok", found[regime]["reason"]
+    facts = found["crop"]["facts"]
+    half = [row for row in found["crop"]["measurements"] if row["metric"] == "halfway_bits_per_byte"]
+    assert {row["context"] for row in half} == {64, 128}
+    assert facts["training"]["halfway"]["bytes"] == 4096
+    assert facts["training"]["halfway"]["sha256"] != facts["training"]["sha256"]
+    assert facts["task"]["start_symbol"]["documents"] > 0
+    assert (tmp_path / "crop" / "halfway.npz").is_file()
+    assert found["crop+carried"]["facts"]["training"]["halfway"] is None
+    assert not [row for row in found["crop+carried"]["measurements"] if row["metric"] == "halfway_bits_per_byte"]
 
 
 _CONVOLVED = ("mamba", "mamba2", "gated_delta")

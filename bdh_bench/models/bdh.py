@@ -419,7 +419,7 @@ class Model(Streaming, nn.Module):
 
     def reference_check(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """Stored logits of the published code against these options on this device; nothing where the options change the numbers."""
-        known = _bdh_reference.CONFIG
+        known: dict[str, Any] = dict(_bdh_reference.CONFIG)
         changed = {f.name for f in fields(Config) if getattr(self.config, f.name) != f.default}
         if changed - {*_PUBLISHED, *_FORMS}:
             return

@@ -92,7 +92,8 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     for done, (size, (tokens, answers)) in enumerate(zip(sizes, papers, strict=True)):
         length = 2 * size + 1
         context.progress("examine", done / len(sizes), {"context": length})
-        name, axes = f"copy@S={size},unique={config.unique}", {"copied": size, "chance": 1 / _SYMBOLS, **same}
+        name = f"copy@S={size},unique={config.unique}"
+        axes: dict[str, Any] = {"copied": size, "chance": 1 / _SYMBOLS, **same}
         if reason := fits(model, length):
             yield Measurement(
                 "copy_accuracy", None, length, axes=axes, metric_id=name, status="unsupported", reason=reason

@@ -143,7 +143,7 @@ def run(model: Any, config: Config, context: TaskContext) -> Iterator[Measuremen
     same = dataset(context, everything) if not impossible else {}
     for done, depth in enumerate(_DEPTHS):
         context.progress("evaluate", done / len(_DEPTHS), {"context": length})
-        axes = {"depth_percent": depth, "haystack": config.haystack, "tuned": config.tuned, **same}
+        axes: dict[str, Any] = {"depth_percent": depth, "haystack": config.haystack, "tuned": config.tuned, **same}
         name = f"needle@T={length},depth={depth},haystack={config.haystack},tuned={config.tuned}"
         if impossible:
             yield Measurement(
