@@ -192,7 +192,7 @@ def test_a_trained_cell_has_half_of_its_training_and_its_start_symbol(books: Pat
     assert {row["context"] for row in half} == {64, 128}
     assert facts["training"]["halfway"]["bytes"] == 4096
     assert facts["training"]["halfway"]["sha256"] != facts["training"]["sha256"]
-    assert facts["task"]["start_symbol"]["documents"] > 0
+    assert facts["start_symbol_check"]["documents"] > 0
     assert (tmp_path / "crop" / "halfway.npz").is_file()
     assert found["crop+carried"]["facts"]["training"]["halfway"] is None
     assert not [row for row in found["crop+carried"]["measurements"] if row["metric"] == "halfway_bits_per_byte"]
