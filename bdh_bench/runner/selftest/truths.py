@@ -174,6 +174,8 @@ def _slow_calls_are_warm_up(evidence: Evidence) -> tuple[str, str]:
 
 def _parent_waits(evidence: Evidence) -> tuple[str, str]:
     wall_s, used_s = evidence.parent
+    if not wall_s:
+        raise LookupError("no phase in which a worker measured")
     return f"{100 * used_s / wall_s:.2f} % of a core in {wall_s:.1f} s", _verdict(used_s < _PARENT * wall_s)
 
 
