@@ -40,13 +40,17 @@ _TIMEOUT_S = 300.0  # of a cell that is expected to end
 
 @dataclass(frozen=True)
 class Request:
-    """One run. ``reads``: its task needs text. ``hangs``: it ends by its time limit, and its processes are followed until then."""
+    """One run. ``reads``: its task needs text. ``timed``: its numbers are times, and ``_TIMED`` says how many of them.
+
+    ``hangs``: it ends by its time limit, and its processes are followed until then.
+    """
 
     name: str
     models: tuple[str, ...]
     task: str
     contexts: tuple[int, ...]
     reads: bool = False
+    timed: bool = False
     hangs: bool = False
 
     @property
@@ -54,8 +58,7 @@ class Request:
         return len(self.models) * (1 if self.reads else len(self.contexts))
 
 
-#: What a run and a latency cell are asked for; of an option that there is not, nothing is said.
-_ONE_ROUND: dict[str, Any] = {"rounds": 1} if "rounds" in RunSpec.__dataclass_fields__ else {}
+#: What a timed cell is asked for; of an option that the task does not have, nothing is said.
 _TIMED = {"steps": str(STEPS), "windows": "5", "budget": "quick"}
 
 REQUESTS = (
@@ -64,8 +67,8 @@ REQUESTS = (
     Request("hang", ("toy:hang:children=1",), "memory", (16,), hangs=True),
     Request("state", (LINEAR, CONSTANT), "memory", (512, 1024)),
     Request("alloc", (f"toy:alloc:bytes={ALLOC_BYTES}",), "memory", (512,)),
-    Request("slow", (SLEEP, "toy:slow_warmup"), "latency", (16,)),
-    Request("depth", (LINEAR, CONSTANT), "latency", (256, 1024, 4096)),
+    Request("slow", (SLEEP, "toy:slow_warmup"), "latency", (16,), timed=True),
+    Request("depth", (LINEAR, CONSTANT), "latency", (256, 1024, 4096), timed=True),
 )
 #: Steps that are also taken in a plain loop, before and after the request that times them.
 PLAIN = {"slow": SLEEP, "depth": CONSTANT}
@@ -166,8 +169,8 @@ class _Watch:
 
 
 def _plan(request: Request, texts: Path) -> Plan:
-    known = registry.find("tasks", request.task).options
-    options = [f"{name}={value}" for name, value in _TIMED.items() if name in known and request.task == "latency"]
+    entry = registry.find("tasks", request.task)
+    options = [f"{name}={value}" for name, value in _TIMED.items() if name in entry.options and request.timed]
     return make_plan(
         RunSpec(
             request.models,
@@ -176,7 +179,7 @@ def _plan(request: Request, texts: Path) -> Plan:
             contexts=request.contexts,
             threads=1,
             smoke=True,
-            **_ONE_ROUND,
+            rounds=1 if "rounds" in entry.defaults else 0,
         )
     )
 
