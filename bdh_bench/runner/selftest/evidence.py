@@ -135,7 +135,7 @@ def gather(folder: Path, report: Report, requests: Sequence[Request] = REQUESTS)
         model = PLAIN.get(request.name)
         before = plain_steps(model) if model else ()
         with _following(request.hangs) as family:
-            limit_s = 2.0 + 2.0 * watch.longest_s if request.hangs else _TIMEOUT_S
+            limit_s = round(2.0 + 2.0 * watch.longest_s, 1) if request.hangs else _TIMEOUT_S
             runs[request.name] = execute(plan, prepare(plan, folder, request.name, False), watch, limit_s)
         families[request.name] = family
         if model:
