@@ -218,13 +218,6 @@ def test_a_ratio_is_that_of_the_medians() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((2.0, 2.0, 2.0))  # rounds are drawn as pairs
 
 
-def test_a_crossing_is_interpolated_on_logarithmic_scales() -> None:
-    contexts = (256, 512, 1024)
-    assert slopes.crossing(contexts, [c * 10 for c in contexts], [7000] * 3) == pytest.approx(700)
-    assert slopes.crossing(contexts, [1, 2, 3], [7000] * 3) is None
-    assert slopes.crossing(contexts, [8000, 9000, 10000], [7000] * 3) is None
-
-
 # -- what measuring costs --------------------------------------------------------------------------------------------
 
 
