@@ -43,7 +43,7 @@ def _sound() -> SimpleNamespace:
         ("hang", _HANG): ("timeout", "no result after 9 s"),
         ("alloc", _ALLOC): ("ok", ""),
         ("slow", known.SLEEP): ("ok", ""),
-        ("slow", "toy:slow_warmup"): ("ok", ""),
+        ("slow", known.SLOW_WARMUP): ("ok", ""),
     }
     values: dict[tuple[str, str, str, int], list[float]] = {
         ("deaths", known.UNIFORM, "bits_per_byte", 128): [8.0, 8.0],
@@ -51,8 +51,8 @@ def _sound() -> SimpleNamespace:
         ("alloc", _ALLOC, "prefill_peak_live_bytes", 512): [known.ALLOC_BYTES * 1.005],
         ("alloc", _ALLOC, "decode_peak_live_bytes", 512): [known.ALLOC_BYTES * 0.999],
         ("slow", known.SLEEP, "tpot_s", 16): [1.001e-3, 1.002e-3, 1.003e-3],
-        ("slow", "toy:slow_warmup", "prefill_s", 16): [1e-4, 1e-4],
-        ("slow", "toy:slow_warmup", "tpot_s", 16): [1e-5, 1e-5],
+        ("slow", known.SLOW_WARMUP, "prefill_s", 16): [1e-4, 1e-4],
+        ("slow", known.SLOW_WARMUP, "tpot_s", 16): [1e-5, 1e-5],
     }
     for context in (512, 1024):
         values["state", known.LINEAR, "state_bytes", context] = [known.BYTES_PER_TOKEN * context]
@@ -129,9 +129,9 @@ _BENT: list[tuple[str, Callable[[Any], None]]] = [
     ("alloc: peak live", _value("alloc", _ALLOC, "prefill_peak_live_bytes", 512, known.ALLOC_BYTES * 0.979)),
     ("sleep: TPOT", _value("slow", known.SLEEP, "tpot_s", 16, 0.9999e-3, 1.2e-3)),
     ("sleep: against a plain loop", _value("slow", known.SLEEP, "tpot_s", 16, 1.011e-3)),
-    ("slow_warmup: slow calls", _value("slow", "toy:slow_warmup", "prefill_s", 16, 1e-4, 0.1)),
-    ("slow_warmup: slow calls", _value("slow", "toy:slow_warmup", "tpot_s", 16, 1e-5, 0.1 / known.STEPS)),
-    ("slow_warmup: slow calls", _value("slow", "toy:slow_warmup", "first_call_s", 16, 1e-3)),
+    ("slow_warmup: slow calls", _value("slow", known.SLOW_WARMUP, "prefill_s", 16, 1e-4, 0.1)),
+    ("slow_warmup: slow calls", _value("slow", known.SLOW_WARMUP, "tpot_s", 16, 1e-5, 0.1 / known.STEPS)),
+    ("slow_warmup: slow calls", _value("slow", known.SLOW_WARMUP, "first_call_s", 16, 1e-3)),
     ("the parent meanwhile", lambda facts: setattr(facts, "parent", (2.0, 0.02))),
     ("the parent meanwhile", lambda facts: setattr(facts, "parent", (0.0, 0.0))),
     ("linear_kv: cost slope", _value("depth", known.LINEAR, "tpot_s", 4096, 1e-4)),

@@ -40,17 +40,13 @@ _TIMEOUT_S = 300.0  # of a cell that is expected to end
 
 @dataclass(frozen=True)
 class Request:
-    """One run. ``reads``: its task needs text. ``timed``: its numbers are times, and ``_TIMED`` says how many of them.
-
-    ``hangs``: it ends by its time limit, and its processes are followed until then.
-    """
+    """One run. ``reads``: its task needs text. ``hangs``: it ends by its time limit, and its processes are followed until then."""
 
     name: str
     models: tuple[str, ...]
     task: str
     contexts: tuple[int, ...]
     reads: bool = False
-    timed: bool = False
     hangs: bool = False
 
     @property
@@ -58,8 +54,10 @@ class Request:
         return len(self.models) * (1 if self.reads else len(self.contexts))
 
 
-#: What a timed cell is asked for; of an option that the task does not have, nothing is said.
-_TIMED = {"steps": str(STEPS), "windows": "5", "budget": "quick"}
+#: Timed as briefly as a warm-up by test allows.
+_TIMED = f"latency:budget=quick:steps={STEPS}"
+#: The first call of all, one for the pace, and what the warm-up takes at the least.
+SLOW_WARMUP = "toy:slow_warmup:slow_calls=4"
 
 REQUESTS = (
     # In this order: what comes after the cell that asks for too much memory must not notice.
@@ -67,8 +65,8 @@ REQUESTS = (
     Request("hang", ("toy:hang:children=1",), "memory", (16,), hangs=True),
     Request("state", (LINEAR, CONSTANT), "memory", (512, 1024)),
     Request("alloc", (f"toy:alloc:bytes={ALLOC_BYTES}",), "memory", (512,)),
-    Request("slow", (SLEEP, "toy:slow_warmup"), "latency", (16,), timed=True),
-    Request("depth", (LINEAR, CONSTANT), "latency", (256, 1024, 4096), timed=True),
+    Request("slow", (SLEEP, SLOW_WARMUP), _TIMED, (16,)),
+    Request("depth", (LINEAR, CONSTANT), _TIMED, (256, 1024, 4096)),
 )
 #: Steps that are also taken in a plain loop, before and after the request that times them.
 PLAIN = {"slow": SLEEP, "depth": CONSTANT}
@@ -169,17 +167,16 @@ class _Watch:
 
 
 def _plan(request: Request, texts: Path) -> Plan:
-    entry = registry.find("tasks", request.task)
-    options = [f"{name}={value}" for name, value in _TIMED.items() if name in entry.options and request.timed]
+    repeats = "rounds" in registry.find("tasks", request.task.partition(":")[0]).defaults
     return make_plan(
         RunSpec(
             request.models,
-            (":".join([request.task, *options]),),
+            (request.task,),
             data=f"path:{texts}",
             contexts=request.contexts,
             threads=1,
             smoke=True,
-            rounds=1 if "rounds" in entry.defaults else 0,
+            rounds=1 if repeats else 0,
         )
     )
 

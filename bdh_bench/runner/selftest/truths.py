@@ -165,7 +165,7 @@ def _by_depth(evidence: Evidence, model: str) -> dict[int, list[float]]:
 
 
 def _slow_calls_are_warm_up(evidence: Evidence) -> tuple[str, str]:
-    model = "toy:slow_warmup"
+    model = known.SLOW_WARMUP
     prefill, steps = max(evidence.values("slow", model, "prefill_s")), max(evidence.values("slow", model, "tpot_s"))
     first = evidence.values("slow", model, "first_call_s")
     text = f"longest prefill {1e3 * prefill:.2f} ms, longest mean step {1e3 * steps:.3f} ms"
