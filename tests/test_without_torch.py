@@ -25,8 +25,7 @@ _MAIN = _BLOCK + "sys.argv = ['bdh-bench', *sys.argv[1:]]\nfrom bdh_bench.cli im
 
 #: Everything that reads what is stored, with RUN for a run, another one like it OTHER, and CELL for a cell of it.
 READING = (
-    "report RUN --output page.html",
-    "report RUN --output page2.html --json",
+    "report RUN --output page.html --json",
     "show",
     "show RUN --all",
     "show RUN --json",
