@@ -24,7 +24,14 @@ def _cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["list", "models"], ["list", "tasks"], ["list", "runs", "--runs", "x"]]
+    "arguments",
+    [
+        ["--help"],
+        *([verb, "--help"] for verb in ("run", "report", "show", "export", "selftest", "doctor")),
+        ["list", "models"],
+        ["list", "tasks"],
+        ["list", "runs", "--runs", "x"],
+    ],
 )
 def test_help_and_lists_import_nothing_heavy(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", _TRACE, *arguments], capture_output=True, text=True, check=False)
@@ -33,7 +40,7 @@ def test_help_and_lists_import_nothing_heavy(arguments: list[str]) -> None:
 
 def test_help_and_lists_start_fast() -> None:
     """Processor time, which a busy host disturbs little, and the best of five."""
-    for arguments in (["--help"], ["list", "models"]):
+    for arguments in (["--help"], ["list", "models"], ["selftest", "--help"], ["doctor", "--help"]):
         spent = []
         for _ in range(5):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bdh_bench.measure import noise, processor
+from bdh_bench.measure import host, noise, processor
 from bdh_bench.runner import doctor
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -80,6 +80,20 @@ def test_the_quota_of_the_first_version_of_control_groups_is_read_too(tmp_path: 
     assert processor.quota_cores(tmp_path) is None
 
 
+def test_what_a_control_group_leaves_of_the_memory(tmp_path: Path) -> None:
+    assert host.group_memory_left(tmp_path) is None
+    _write(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", str(2**63 - 4096))
+    _write(tmp_path, "sys/fs/cgroup/memory/memory.usage_in_bytes", "5")
+    assert host.group_memory_left(tmp_path) is None
+    _write(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "3000")
+    assert host.group_memory_left(tmp_path) == 2995
+    _write(tmp_path, "sys/fs/cgroup/memory.max", "max")
+    _write(tmp_path, "sys/fs/cgroup/memory.current", "7")
+    assert host.group_memory_left(tmp_path) == 2995
+    _write(tmp_path, "sys/fs/cgroup/memory.max", "1000")
+    assert host.group_memory_left(tmp_path) == 993
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Noise by decree instead of two seconds of measuring."""
@@ -134,6 +148,9 @@ def test_little_memory_is_noted_and_hardly_any_is_unfit(quick: Any, monkeypatch:
     for available, verdict in ((2**35, doctor.FINE), (2**31, doctor.NOTE), (2**28, doctor.UNFIT)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda a=available: SimpleNamespace(available=a, total=2**36))
         assert _named("memory").verdict == verdict
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**35, total=2**36))
+    monkeypatch.setattr(host, "group_memory_left", lambda: 2**28)
+    assert _named("memory").verdict == doctor.UNFIT
 
 
 def test_a_governor_that_saves_power_a_quota_and_a_load_are_noted(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from bdh_bench.measure.placement import allowed, physical_cores
 from bdh_bench.measure.processor import processor_facts
 
+_NO_LIMIT = 2**60  # the first version of control groups writes a number close to 2⁶³
 _PACKAGES = (
     "bdh-bench",
     "torch",
@@ -84,3 +85,20 @@ def fingerprint(known: Mapping[str, Any]) -> str:
     """A short name for the machine that ``environment`` described: processor, cores, memory and system, nobody's host name."""
     parts = [str(known.get(name)) for name in ("platform", "cpu", "cores", "memory_bytes")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def group_memory_left(root: Path = Path("/")) -> int | None:
+    """Bytes that the control group of this process may still take; None without a limit. Both versions of control groups are read."""
+    group = root / "sys/fs/cgroup"
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            most = (group / limit).read_text(encoding="ascii").strip()
+            held = (group / used).read_text(encoding="ascii").strip()
+        except (OSError, ValueError):
+            continue
+        if most.isdigit() and held.isdigit() and int(most) < _NO_LIMIT:
+            return max(0, int(most) - int(held))
+    return None

@@ -112,9 +112,13 @@ def _memory() -> Iterator[Finding]:
     import psutil
 
     free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    left = host.group_memory_left()
+    limited = left is not None and left < free
+    free = left if left is not None and limited else free
     verdict = UNFIT if free < _LEAST_MEMORY else NOTE if free < _LITTLE_MEMORY else FINE
     do = "" if verdict == FINE else "stop other programs, or keep contexts and models small"
-    yield Finding("memory", f"{_gib(free)} of {_gib(total)} available", verdict, do)
+    of = "left by the control group" if limited else f"of {_gib(total)} available"
+    yield Finding("memory", f"{_gib(free)} {of}", verdict, do)
 
 
 def _cache() -> Iterator[Finding]:

@@ -33,7 +33,7 @@ LINEAR = f"toy:linear_kv:bytes_per_token={BYTES_PER_TOKEN}"
 SLEEP_S, SLOW_S, STEPS = 0.001, 0.1, 32
 
 _PERIOD = 64  # of copy
-_MEASURING = ("prefill", "decode")  # phases that a worker reports as it enters them
+_AROUND = ("start", "load", "gates", "done")  # phases of a cell in which nothing is measured
 _WATCH_S = 0.1
 _TIMEOUT_S = 300.0  # of a cell that is expected to end
 
@@ -54,9 +54,10 @@ class Request:
         return len(self.models) * (1 if self.reads else len(self.contexts))
 
 
-#: What a run and a latency cell are asked for; of an option that there is not, nothing is said.
-_ONE_ROUND: dict[str, Any] = {"rounds": 1} if "rounds" in RunSpec.__dataclass_fields__ else {}
-_TIMED = {"steps": str(STEPS), "windows": "5", "budget": "quick"}
+#: Timed as briefly as a warm-up by test allows.
+_TIMED = f"latency:budget=quick:steps={STEPS}"
+#: The first call of all, one for the pace, and what the warm-up takes at the least.
+SLOW_WARMUP = "toy:slow_warmup:slow_calls=4"
 
 REQUESTS = (
     # In this order: what comes after the cell that asks for too much memory must not notice.
@@ -64,8 +65,8 @@ REQUESTS = (
     Request("hang", ("toy:hang:children=1",), "memory", (16,), hangs=True),
     Request("state", (LINEAR, CONSTANT), "memory", (512, 1024)),
     Request("alloc", (f"toy:alloc:bytes={ALLOC_BYTES}",), "memory", (512,)),
-    Request("slow", (SLEEP, "toy:slow_warmup"), "latency", (16,)),
-    Request("depth", (LINEAR, CONSTANT), "latency", (256, 1024, 4096)),
+    Request("slow", (SLEEP, SLOW_WARMUP), _TIMED, (16,)),
+    Request("depth", (LINEAR, CONSTANT), _TIMED, (256, 1024, 4096)),
 )
 #: Steps that are also taken in a plain loop, before and after the request that times them.
 PLAIN = {"slow": SLEEP, "depth": CONSTANT}
@@ -126,55 +127,56 @@ def gather(folder: Path, report: Report, requests: Sequence[Request] = REQUESTS)
     runs: dict[str, Run] = {}
     loops: dict[str, PlainLoop] = {}
     families: dict[str, Family] = {}
-    waiting = _Waiting(report)
+    watch = _Watch(report)
     for request in requests:
         plan = _plan(request, texts)
         model = PLAIN.get(request.name)
         before = plain_steps(model) if model else ()
         with _following(request.hangs) as family:
-            limit_s = _hanging_s(runs) if request.hangs else _TIMEOUT_S
-            runs[request.name] = execute(plan, prepare(plan, folder, request.name, False), waiting, limit_s)
+            limit_s = round(2.0 + 2.0 * watch.longest_s, 1) if request.hangs else _TIMEOUT_S
+            runs[request.name] = execute(plan, prepare(plan, folder, request.name, False), watch, limit_s)
         families[request.name] = family
         if model:
             loops[request.name] = PlainLoop(before, plain_steps(model))
-    return Evidence(runs, loops, families, (waiting.wall_s, waiting.used_s))
+    return Evidence(runs, loops, families, (watch.wall_s, watch.used_s))
 
 
-class _Waiting:
-    """Passes reports on, and adds up what this process uses of a core while a worker is in the middle of measuring."""
+class _Watch:
+    """Passes reports on, and notes how long a cell takes here and what this process uses of a core while a worker measures.
+
+    ``wall_s`` and ``used_s`` add up over the phases of the tasks; ``longest_s`` is a whole cell with the start of its process.
+    """
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        self.wall_s = self.used_s = 0.0
-        self._since: tuple[float, float] | None = None
+        self.wall_s = self.used_s = self.longest_s = 0.0
+        self._began = 0.0
+        self._measuring: tuple[float, float] | None = None
 
     def __call__(self, cell: Cell, facts: dict[str, Any]) -> None:
-        now, used = now_s(), time.process_time()
-        if self._since is not None:
-            self.wall_s += now - self._since[0]
-            self.used_s += used - self._since[1]
-        self._since = (now, used) if facts.get("phase") in _MEASURING else None
+        now, used, phase = now_s(), time.process_time(), facts.get("phase")
+        if self._measuring is not None:
+            self.wall_s += now - self._measuring[0]
+            self.used_s += used - self._measuring[1]
+        self._measuring = (now, used) if phase not in _AROUND else None
+        if phase == "start":
+            self._began = now
+        elif phase == "done":
+            self.longest_s = max(self.longest_s, now - self._began)
         self.report(cell, facts)
 
 
-def _hanging_s(runs: Mapping[str, Run]) -> float:
-    """Long enough for this machine to load the model first, as far as the cells before tell."""
-    taken = [float(cell.facts.get("seconds", 0.0)) for run in runs.values() for cell in run.cells]
-    return 6.0 + 4.0 * max(taken, default=0.0)
-
-
 def _plan(request: Request, texts: Path) -> Plan:
-    known = registry.find("tasks", request.task).options
-    options = [f"{name}={value}" for name, value in _TIMED.items() if name in known and request.task == "latency"]
+    repeats = "rounds" in registry.find("tasks", request.task.partition(":")[0]).defaults
     return make_plan(
         RunSpec(
             request.models,
-            (":".join([request.task, *options]),),
+            (request.task,),
             data=f"path:{texts}",
             contexts=request.contexts,
             threads=1,
             smoke=True,
-            **_ONE_ROUND,
+            rounds=1 if repeats else 0,
         )
     )
 
@@ -243,6 +245,6 @@ def _alive(process: Any) -> bool:
     import psutil
 
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False

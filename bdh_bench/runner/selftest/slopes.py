@@ -1,11 +1,10 @@
-"""How steep, how far apart, and how sure? A least-squares slope, a ratio of medians, and where two curves cross.
+"""How steep, how far apart, and how sure? A least-squares slope and a ratio of medians.
 
 Intervals are percentiles of a bootstrap with a fixed seed. Windows of one depth, or rounds of one pair, are what is drawn again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,13 +49,3 @@ def ratio(first: Sequence[float], second: Sequence[float], seed: int = 0) -> Int
 def _interval(value: float, drawn: NDArray[np.float64]) -> Interval:
     low, high = np.percentile(drawn, [_TAIL, 100 - _TAIL])
     return Interval(value, float(low), float(high))
-
-
-def crossing(contexts: Sequence[int], growing: Sequence[float], flat: Sequence[float]) -> float | None:
-    """Where the growing curve passes the flat one, on logarithmic scales between two contexts; None where it does not."""
-    gaps = [math.log(g / f) for g, f in zip(growing, flat, strict=True)]
-    for i in range(len(gaps) - 1):
-        if gaps[i] <= 0 < gaps[i + 1]:
-            share = -gaps[i] / (gaps[i + 1] - gaps[i])
-            return contexts[i] * (contexts[i + 1] / contexts[i]) ** share
-    return None

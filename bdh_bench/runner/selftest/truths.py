@@ -9,9 +9,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from bdh_bench.results.crossover import measured
 from bdh_bench.runner.selftest import evidence as known
 from bdh_bench.runner.selftest.evidence import Evidence
-from bdh_bench.runner.selftest.slopes import crossing, slope
+from bdh_bench.runner.selftest.slopes import slope
 
 RECOVERED, NOT_RECOVERED, NOT_DECIDABLE = "recovered", "not recovered", "not decidable"
 
@@ -103,14 +104,15 @@ def _group_gone(evidence: Evidence) -> tuple[str, str]:
 
 def _crossing(evidence: Evidence) -> tuple[str, str]:
     contexts = _request("state").contexts
-    curves = [
-        [statistics.median(evidence.values("state", model, "state_bytes", c)) for c in contexts]
+    linear, constant = (
+        {c: statistics.median(evidence.values("state", model, "state_bytes", c)) for c in contexts}
         for model in (known.LINEAR, known.CONSTANT)
-    ]
-    at, true = crossing(contexts, *curves), known.CONSTANT_BYTES / known.BYTES_PER_TOKEN
+    )
+    found, true = measured(linear, constant), known.CONSTANT_BYTES / known.BYTES_PER_TOKEN
     step = contexts[1] / contexts[0]
-    near = at is not None and true / step <= at <= true * step
-    return ("no crossing" if at is None else f"{at:,.0f}"), _verdict(near)
+    at = found.at if found is not None and found.kind == "measured" else ()
+    near = len(at) == 1 and true / step <= at[0] <= true * step
+    return ", ".join(f"{place:,.0f}" for place in at) or "no crossing on the grid", _verdict(near)
 
 
 def _peak(evidence: Evidence) -> tuple[str, str]:
@@ -163,17 +165,19 @@ def _by_depth(evidence: Evidence, model: str) -> dict[int, list[float]]:
 
 
 def _slow_calls_are_warm_up(evidence: Evidence) -> tuple[str, str]:
-    model = "toy:slow_warmup"
+    model = known.SLOW_WARMUP
     prefill, steps = max(evidence.values("slow", model, "prefill_s")), max(evidence.values("slow", model, "tpot_s"))
     first = evidence.values("slow", model, "first_call_s")
     text = f"longest prefill {1e3 * prefill:.2f} ms, longest mean step {1e3 * steps:.3f} ms"
-    text += f", first call {1e3 * first[0]:.0f} ms" if first else ""
+    text += f", first call {1e3 * max(first):.0f} ms" if first else ""
     inside = prefill >= known.SLOW_S / 2 or steps >= known.SLOW_S / (2 * known.STEPS)
-    return text, _verdict(not inside and (not first or first[0] >= known.SLOW_S))
+    return text, _verdict(not inside and (not first or max(first) >= known.SLOW_S))
 
 
 def _parent_waits(evidence: Evidence) -> tuple[str, str]:
     wall_s, used_s = evidence.parent
+    if not wall_s:
+        raise LookupError("no phase in which a worker measured")
     return f"{100 * used_s / wall_s:.2f} % of a core in {wall_s:.1f} s", _verdict(used_s < _PARENT * wall_s)
 
 
