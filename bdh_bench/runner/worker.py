@@ -152,6 +152,7 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
+    from bdh_bench.runner.apart import apart_for
     from bdh_bench.runner.gates import failure, hold, splits
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
     from bdh_bench.runner.recipes import rate_source
@@ -211,6 +212,7 @@ def _results(
         state_protocol=spec.state_protocol,
         passed=lambda gate, error, bound: rows.append({"gate": gate, "kept": True, "error": error, "bound": bound}),
         note=facts.__setitem__,
+        apart=apart_for(cell, spec, contexts),
     )
     evaluated = now_s()
     yield from task.run(model, config, context)
