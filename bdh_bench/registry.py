@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -167,6 +167,22 @@ def task_values(spec: ModelSpec) -> dict[str, Any]:
         else:
             raise SpecError(f"got {key}={text} for task {spec.family} · expected a whole number of at least 1")
     return values
+
+
+def give(tasks: Sequence[ModelSpec], key: str, value: str) -> tuple[ModelSpec, ...]:
+    """The tasks, with an option given to each that has it and does not say otherwise. Raises SpecError where none of them has it."""
+    having = {task.family for task in tasks if key in find("tasks", task.family).options}
+    if not having:
+        known = ", ".join(entry.name for entry in list_tasks() if key in entry.options)
+        raise SpecError(
+            f"got --{key} {value} and no task that takes it · expected one of {known}", f"add --task {known}"
+        )
+    return tuple(
+        replace(task, options=tuple(sorted((*task.options, (key, value)))))
+        if task.family in having and task.option(key) is None
+        else task
+        for task in tasks
+    )
 
 
 @cache

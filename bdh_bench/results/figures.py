@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bdh_bench.metrics import METRICS
+from bdh_bench.results.capacity_figures import capacity_figures
 from bdh_bench.results.claims import references_of
 from bdh_bench.results.contenders import CONTROLS, QUALITY, Facts
 from bdh_bench.results.display import shortened
@@ -35,6 +36,7 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
         peak_vs_context(facts, shown),
         latency_vs_context(facts, shown, "prefill_s"),
         latency_vs_context(facts, shown, "tpot_s"),
+        *capacity_figures(facts, shown),
         *recall_figures(facts, shown),
         training_curves(facts),
     )
