@@ -170,10 +170,10 @@ def task_values(spec: ModelSpec) -> dict[str, Any]:
 
 
 def give(tasks: Sequence[ModelSpec], key: str, value: str) -> tuple[ModelSpec, ...]:
-    """The tasks, with an option given to each that has it and does not say otherwise. Raises SpecError where none of them has it."""
-    having = {task.family for task in tasks if key in find("tasks", task.family).options}
+    """The tasks, with an option given to each that takes a text of that name and has none. Raises SpecError where none of them does."""
+    having = {task.family for task in tasks if isinstance(find("tasks", task.family).options.get(key), str)}
     if not having:
-        known = ", ".join(entry.name for entry in list_tasks() if key in entry.options)
+        known = ", ".join(entry.name for entry in list_tasks() if isinstance(entry.options.get(key), str))
         raise SpecError(
             f"got --{key} {value} and no task that takes it · expected one of {known}", f"add --task {known}"
         )
