@@ -162,7 +162,7 @@ def _bytes(text: str) -> int:
 
 def _request(models: str, task: str, contexts: str = "", budget: str = "", **settings: Any) -> RunSpec:
     """The request of these flags; ``settings`` are fields of RunSpec. Raises SpecError for numbers that make no sense."""
-    from bdh_bench.registry import give, list_tasks
+    from bdh_bench.registry import give_bytes, list_tasks
     from bdh_bench.spec import RunSpec, parse_contexts, parse_models, parse_tasks, require_positive
 
     if not models or not task:
@@ -170,7 +170,7 @@ def _request(models: str, task: str, contexts: str = "", budget: str = "", **set
     tasks = parse_tasks(task, {entry.name for entry in list_tasks()})
     request = RunSpec(
         models=tuple(str(m) for m in parse_models(models)),
-        tasks=tuple(str(t) for t in (give(tasks, "budget", budget) if budget else tasks)),
+        tasks=tuple(str(t) for t in (give_bytes(tasks, "budget", budget) if budget else tasks)),
         contexts=parse_contexts(contexts) if contexts else (),
         **settings,
     )

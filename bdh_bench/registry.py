@@ -34,7 +34,7 @@ from typing import Any
 from bdh_bench.errors import BenchError, PluginError, SpecError, UnknownNameError
 from bdh_bench.options import meanings
 from bdh_bench.sources import source_path
-from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family
+from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family, parse_bytes
 
 _PACKAGE = Path(__file__).parent
 BUILT_IN = "built in"
@@ -169,20 +169,28 @@ def task_values(spec: ModelSpec) -> dict[str, Any]:
     return values
 
 
-def give(tasks: Sequence[ModelSpec], key: str, value: str) -> tuple[ModelSpec, ...]:
-    """The tasks, with an option given to each that takes a text of that name and has none. Raises SpecError where none of them does."""
-    having = {task.family for task in tasks if isinstance(find("tasks", task.family).options.get(key), str)}
-    if not having:
-        known = ", ".join(entry.name for entry in list_tasks() if isinstance(entry.options.get(key), str))
+def give_bytes(tasks: Sequence[ModelSpec], key: str, value: str) -> tuple[ModelSpec, ...]:
+    """The tasks, with an option given to each that takes bytes by that name and has none. Raises SpecError where none of them does."""
+    known = [entry.name for entry in list_tasks() if _are_bytes(entry.options.get(key))]
+    if not any(task.family in known for task in tasks):
+        names = ", ".join(known)
         raise SpecError(
-            f"got --{key} {value} and no task that takes it · expected one of {known}", f"add --task {known}"
+            f"got --{key} {value} and no task that takes it · expected one of {names}", f"add --task {names}"
         )
     return tuple(
         replace(task, options=tuple(sorted((*task.options, (key, value)))))
-        if task.family in having and task.option(key) is None
+        if task.family in known and task.option(key) is None
         else task
         for task in tasks
     )
+
+
+def _are_bytes(default: Any) -> bool:
+    """Whether a default is a size, such as 2GiB."""
+    try:
+        return isinstance(default, str) and parse_bytes(default) > 0
+    except SpecError:
+        return False
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import synthetic_run
 
-from bdh_bench.registry import give
+from bdh_bench.registry import give_bytes
 from bdh_bench.results.contenders import Facts
 from bdh_bench.results.figure import Figure
 from bdh_bench.results.figures import figures_of
@@ -133,8 +133,12 @@ def test_figures_show_throughput_and_where_one_stream_fails(run: Run) -> None:
 
 def test_the_short_form_of_the_budget(cli: Callable[..., tuple[int, str, str]]) -> None:
     tasks = parse_models("capacity,memory,latency:steps=3")
-    assert [str(t) for t in give(tasks, "budget", "2GiB")] == ["capacity:budget=2GiB", "memory", "latency:steps=3"]
-    assert str(give(parse_models("capacity:budget=1GiB"), "budget", "2GiB")[0]) == "capacity:budget=1GiB"
+    assert [str(t) for t in give_bytes(tasks, "budget", "2GiB")] == [
+        "capacity:budget=2GiB",
+        "memory",
+        "latency:steps=3",
+    ]
+    assert str(give_bytes(parse_models("capacity:budget=1GiB"), "budget", "2GiB")[0]) == "capacity:budget=1GiB"
     request: list[Any] = ["run", "--models", "toy:uniform", "--contexts", "16", "--dry-run"]
     code, out, _ = cli(*request, "--task", "capacity:most=4", "--budget", "300MiB")
     assert (code, "capacity:budget=300MiB:most=4" in out) == (0, True)

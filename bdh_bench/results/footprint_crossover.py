@@ -85,7 +85,7 @@ def _row(facts: Facts, c: FootprintCrossover) -> tuple[Entry, ...]:
 
 def state_marks(facts: Facts) -> tuple[Mark, ...]:
     """T*_state on the curve of states, where it lies between contexts that were counted."""
-    marks = []
+    marks: list[Mark] = []
     for c in state_crossovers(facts):
         counted = {context: value for context, (value, _) in census_of(facts, c.first).items()}
         curve = formula_of(facts, c.first)
