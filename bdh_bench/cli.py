@@ -97,6 +97,7 @@ def run(
         typer.Option("--rounds", help="Rounds (fresh processes) of each cell, for tasks that repeat in rounds."),
     ] = None,
     documents: Annotated[int, typer.Option("--documents", help="Test documents at the most.")] = 10,
+    budget: Annotated[str, typer.Option("--budget", help="Memory for --task capacity: 512MiB, 2GiB.")] = "",
     spec: Annotated[Path | None, typer.Option("--spec", help="A recorded experiment (TOML) instead of flags.")] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A tiny budget, labelled smoke.")] = False,
     runs: Runs = Path("runs"),
@@ -110,8 +111,8 @@ def run(
     from bdh_bench.spec import from_toml, require_positive
 
     require_positive(cell_timeout=cell_timeout, rounds=1 if rounds is None else rounds)
-    if spec is not None and (models or task):
-        raise SpecError("got --spec and --models or --task · expected one or the other")
+    if spec is not None and (models or task or budget):
+        raise SpecError("got --spec and --models, --task or --budget · expected one or the other")
     if spec is not None:
         request = from_toml(spec)
     else:
@@ -119,6 +120,7 @@ def run(
             models,
             task,
             contexts,
+            budget,
             data=data,
             train_bytes=train_bytes,
             train_context=train_context,
@@ -159,16 +161,17 @@ def _bytes(text: str) -> int:
     return parse_bytes(text) if text else 0
 
 
-def _request(models: str, task: str, contexts: str = "", **settings: Any) -> RunSpec:
+def _request(models: str, task: str, contexts: str = "", budget: str = "", **settings: Any) -> RunSpec:
     """The request of these flags; ``settings`` are fields of RunSpec. Raises SpecError for numbers that make no sense."""
-    from bdh_bench.registry import list_tasks
+    from bdh_bench.registry import give_bytes, list_tasks
     from bdh_bench.spec import RunSpec, parse_contexts, parse_models, parse_tasks, require_positive
 
     if not models or not task:
         raise SpecError("--models and --task are needed", "for example --models bdh,gpt2,mamba --task long_ppl")
+    tasks = parse_tasks(task, {entry.name for entry in list_tasks()})
     request = RunSpec(
         models=tuple(str(m) for m in parse_models(models)),
-        tasks=tuple(str(t) for t in parse_tasks(task, {entry.name for entry in list_tasks()})),
+        tasks=tuple(str(t) for t in (give_bytes(tasks, "budget", budget) if budget else tasks)),
         contexts=parse_contexts(contexts) if contexts else (),
         **settings,
     )
@@ -765,10 +768,10 @@ def plan(
     """How many streams fit a machine, and how many tokens per second they make: measured where a run has it, else by formula."""
     from bdh_bench import columns
     from bdh_bench.footprint import needs_of
-    from bdh_bench.results import capacity
+    from bdh_bench.results import capacity_planning
     from bdh_bench.spec import parse_bytes, parse_models, parse_seconds, parse_tokens
 
-    wish = capacity.Wish(
+    wish = capacity_planning.Wish(
         parse_bytes(memory),
         parse_tokens(context),
         parse_seconds(latency) if latency else None,
@@ -777,11 +780,11 @@ def plan(
     )
     stored = _open(runs, run) if run else None
     names = [str(model) for model in parse_models(models)]
-    found = [capacity.capacity_of(needs_of(name, wish.context, dtype), wish, stored) for name in names]
+    found = [capacity_planning.capacity_of(needs_of(name, wish.context, dtype), wish, stored) for name in names]
     if json_:
-        _print_json("plan", "ok", capacity.as_json(wish, found))
+        _print_json("plan", "ok", capacity_planning.as_json(wish, found))
     else:
-        columns.show([capacity.as_row(one) for one in found])
+        columns.show([capacity_planning.as_row(one) for one in found])
         _say("measured: this machine's rows; formula: weights + streams · state, and no workspace")
 
 

@@ -13,7 +13,7 @@ import torch
 from bdh_bench import registry
 from bdh_bench.errors import BenchError, SpecError
 from bdh_bench.loading import DTYPES, resolve
-from bdh_bench.results.capacity import Needs
+from bdh_bench.results.capacity_planning import Needs
 from bdh_bench.spec import ModelSpec, parse_model
 from bdh_bench.weights import inspect, read_tensors
 

@@ -22,7 +22,7 @@ import importlib
 import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -34,7 +34,7 @@ from typing import Any
 from bdh_bench.errors import BenchError, PluginError, SpecError, UnknownNameError
 from bdh_bench.options import meanings
 from bdh_bench.sources import source_path
-from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family
+from bdh_bench.spec import WEIGHT_OPTIONS, ModelSpec, is_family, parse_bytes
 
 _PACKAGE = Path(__file__).parent
 BUILT_IN = "built in"
@@ -167,6 +167,30 @@ def task_values(spec: ModelSpec) -> dict[str, Any]:
         else:
             raise SpecError(f"got {key}={text} for task {spec.family} · expected a whole number of at least 1")
     return values
+
+
+def give_bytes(tasks: Sequence[ModelSpec], key: str, value: str) -> tuple[ModelSpec, ...]:
+    """The tasks, with an option given to each that takes bytes by that name and has none. Raises SpecError where none of them does."""
+    known = [entry.name for entry in list_tasks() if _are_bytes(entry.options.get(key))]
+    if not any(task.family in known for task in tasks):
+        names = ", ".join(known)
+        raise SpecError(
+            f"got --{key} {value} and no task that takes it · expected one of {names}", f"add --task {names}"
+        )
+    return tuple(
+        replace(task, options=tuple(sorted((*task.options, (key, value)))))
+        if task.family in known and task.option(key) is None
+        else task
+        for task in tasks
+    )
+
+
+def _are_bytes(default: Any) -> bool:
+    """Whether a default is a size, such as 2GiB."""
+    try:
+        return isinstance(default, str) and parse_bytes(default) > 0
+    except SpecError:
+        return False
 
 
 @cache

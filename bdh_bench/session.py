@@ -164,6 +164,44 @@ class StreamSession:
         """An independent copy: extending one never changes the other."""
         return StreamSession(self.model, self.batch_size, self.memory.fork(), self.length)
 
+    def multiply(self, streams: int, room: int = 0) -> None:
+        """Become a batch of so many copies of this one stream; a memory that grows gets room for ``room`` more tokens and no more.
+
+        No more is held at any time than the batch, this stream twice, and two streams of a single token. Raises SessionError for a
+        batch of several streams, or a memory whose tensors do not tell which dimension counts streams.
+        """
+        if self.batch_size != 1:
+            raise SessionError(f"got a batch of {self.batch_size} streams · expected one stream to multiply")
+        axes = _stream_axes(self.model, self.memory)
+        lengths = {name: tensor.shape for name, tensor in self.memory.tensors().items()}
+        single = self._reserve(room)
+        self.memory = self.model.memory(streams)
+        self.memory.load(
+            {name: tensor for name, (tensor, _) in single.items()}
+        )  # lets go of an empty state for all of them
+        wide, filled = {}, {}
+        for name, axis in axes.items():
+            tensor, dim = single.pop(name)
+            wide[name] = tensor.repeat([streams if d == axis else 1 for d in range(tensor.ndim)])
+            filled[name] = wide[name] if dim is None else wide[name].narrow(dim, 0, lengths[name][dim])
+        self.memory.load(wide)
+        self.memory.load(filled)  # views of what was loaded just now: the room behind them is kept
+        self.batch_size = streams
+
+    def _reserve(self, room: int) -> dict[str, tuple[Tensor, int | None]]:
+        """By name, the tensor with what the next ``room`` tokens would add to it, and the dimension along which they do."""
+        found: dict[str, tuple[Tensor, int | None]] = {name: (t, None) for name, t in self.memory.tensors().items()}
+        if not room:
+            return found
+        ahead, device = self.fork(), next((t.device for t in self.state()), torch.device("cpu"))
+        ahead.extend(torch.zeros((1, room), dtype=torch.long, device=device))
+        for name, later in ahead.memory.tensors().items():
+            now = found[name][0]
+            longer = [d for d in range(now.ndim) if later.shape[d] > now.shape[d]]
+            if len(longer) == 1 and torch.equal(later.narrow(longer[0], 0, now.shape[longer[0]]), now):
+                found[name] = (later, longer[0])
+        return found
+
     def save(self, path: str | Path, notes: Mapping[str, str] | None = None) -> None:
         """Write state, length, fingerprint and the caller's ``notes`` to ``path`` (safetensors); ``saved_notes`` reads them back.
 
@@ -188,6 +226,26 @@ class StreamSession:
             raise SessionError(
                 f"cannot write a session to {path}: {error}", "check the folder and its space"
             ) from error
+
+
+def _stream_axes(model: Streaming, memory: Memory) -> dict[str, int]:
+    """By name of one stream's tensors, the dimension that is twice as long for two streams. Raises SessionError where none is.
+
+    Two streams of a single token are enough to compare with: what grows with the context is no longer there, never twice as long.
+    """
+    device = next((t.device for t in memory.tensors().values()), torch.device("cpu"))
+    session = model.session(2)
+    session.extend(torch.zeros((2, 1), dtype=torch.long, device=device))
+    two = {name: tensor.shape for name, tensor in session.memory.tensors().items()}
+    axes = {}
+    for name, tensor in memory.tensors().items():
+        doubled = [d for d, (a, b) in enumerate(zip(tensor.shape, two.get(name, ()), strict=False)) if b == 2 * a > 0]
+        if len(doubled) != 1:
+            raise SessionError(
+                f"state {name!r} has no dimension that counts streams · expected one", "see Memory.tensors()"
+            )
+        axes[name] = doubled[0]
+    return axes
 
 
 def saved_notes(path: str | Path) -> dict[str, str]:

@@ -190,6 +190,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """What became of a part of a task that ran in a process of its own, under a cap on that process' memory.
+
+    status      ok, oom_host or oom_cuda (it did not fit), or what else ended it; ``reason`` says why
+    values      what the task's ``part`` returned, {} where it did not end well
+    peak_bytes  the most that the process held, as far as is known
+    """
+
+    status: str
+    reason: str
+    values: Mapping[str, Any]
+    peak_bytes: int
+
+
+def _nowhere(request: Mapping[str, Scalar], cap_bytes: int) -> Apart:
+    raise NotImplementedError("this task was given no way to run a part of itself apart")
+
+
+@dataclass(frozen=True)
 class TaskContext:
     """What a task is given beside its model: the cell, the text, a way to say how far it is and which gates were passed.
 
@@ -198,6 +217,8 @@ class TaskContext:
     ``passed(gate, error, bound)`` notes a gate of the task's own; one that fails is a LawError. ``note(name, value)`` adds to the cell's
     facts how it was measured. ``halfway()`` is the same model with the weights that it had at half of its training bytes, or None where
     there are none.
+    ``apart(request, cap_bytes)`` runs the task's ``part(model, config, context, request)``, which returns values for JSON, in a fresh
+    process that is ended as soon as it holds more than ``cap_bytes``.
     """
 
     seed: int
@@ -212,6 +233,7 @@ class TaskContext:
     passed: Callable[[str, float, float], None] = lambda gate, error, bound: None
     note: Callable[[str, Any], None] = lambda name, value: None
     halfway: Callable[[], Any] = lambda: None
+    apart: Callable[[Mapping[str, Scalar], int], Apart] = _nowhere
 
 
 class Exercises(Protocol):

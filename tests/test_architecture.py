@@ -41,7 +41,7 @@ _MAY_IMPORT = {
     "generation": {"errors", "spec", "registry", "loading", "session"},
     "models": {"errors", "types", "session", "kernels"},
     # tasks/lm_eval.py asks the adapter, and the adapter scores with tasks/_scoring.py: no circle between files (tested below)
-    "tasks": {"errors", "types", "session", "data", "measure", "lm_eval"},
+    "tasks": {"errors", "types", "spec", "session", "data", "measure", "lm_eval"},
     "lm_eval": {"errors", "types", "spec", "sources", "session", "loading", "weights", "data", "tasks"},
     "training": {"errors", "folders", "data", "measure", "types"},
     "results": {"errors", "types", "metrics"},

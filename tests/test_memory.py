@@ -86,10 +86,10 @@ def test_the_peak_of_one_phase_is_not_that_of_the_other(phase: str) -> None:
 class _Leaking(toy.Model):
     """Keeps 32 MiB of every session for ever."""
 
-    kept: tuple[Tensor, ...] = ()
+    leaked: tuple[Tensor, ...] = ()
 
     def memory(self, batch_size: int) -> Any:
-        self.kept += (torch.ones(32 * _MIB, dtype=torch.uint8),)
+        self.leaked += (torch.ones(32 * _MIB, dtype=torch.uint8),)
         return super().memory(batch_size)
 
 

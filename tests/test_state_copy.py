@@ -66,7 +66,8 @@ class _Echo(toy.Model):
 
     def advance(self, memory: Any, position: int, tokens: Tensor, keep: Any) -> Tensor:
         memory["sum"] = memory["sum"] + tokens.float().mean(1, keepdim=True) / 256
-        return memory["sum"].unsqueeze(-1).expand(-1, 1, self.vocab_size)
+        out: Tensor = memory["sum"].unsqueeze(-1).expand(-1, 1, self.vocab_size)
+        return out
 
 
 @pytest.mark.parametrize("damage", ["fork", "restore", "length"])

@@ -124,7 +124,7 @@ def peak_resident_bytes() -> int:
 def peak_of(process: int) -> int | None:
     """The mark of another process; where the system keeps none, what it holds now; None once it is gone."""
     mark = _field("VmHWM", process)
-    if mark is not None or sys.platform == "linux":
+    if mark is not None or Path("/proc/self/status").exists():
         return mark
     import psutil
 

@@ -19,6 +19,7 @@ from bdh_bench.results.depth import (
 )
 from bdh_bench.results.extrapolation import Sweep, extrapolation_table, sweep_as_json, sweeps_of
 from bdh_bench.results.fairness import Card, card_of, fairness_table
+from bdh_bench.results.footprint_crossover import footprint_crossover_table
 from bdh_bench.results.gates import gates_of
 from bdh_bench.results.speed import SpeedComparison, speed_as_json, speed_tables, speeds_of, timed_of
 from bdh_bench.results.state_crossover import state_crossover_table
@@ -51,12 +52,13 @@ class Assessment:
         return (*own, *blocks, *(["undertrained"] if self.training.undertrained else []), *invalid)
 
     def tables(self) -> tuple[Table, ...]:
-        """Comparisons, what contexts are worth, where states cross, who is faster, and the fairness card; each only where it has rows."""
+        """Comparisons, what contexts are worth, where curves cross, who is faster, and the fairness card; each only where it has rows."""
         note = f"{self.training.status.capitalize()}: {self.training.text}."
         found = (
             replace(comparison_table(self.facts, self.comparisons), detail=True),
             extrapolation_table(self.facts, self.sweeps, note, self.training.undertrained),
             state_crossover_table(self.facts, self.card.crossovers, self.card.axis),
+            footprint_crossover_table(self.facts, self.card.axis),
             *speed_tables(self.facts, self.speeds),
             *depth_tables(self.facts, self.curves, self.time_crossings),
             replace(fairness_table(self.card, self.facts), detail=True),

@@ -29,8 +29,8 @@ def number(value: float | None, unit: str = "") -> str:
     if value is None or not math.isfinite(value):
         return GAP
     fixed = unit == "bit/byte" or (unit == "share" and abs(value) >= 0.01)
-    text = f"{value:.3f}" if fixed else f"{value:.4g}"
-    return text.replace("-", "−") if float(text) else text.removeprefix("-")
+    text = f"{value:.3f}" if fixed else f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    return text.replace("-", "−") if float(text.replace(",", "")) else text.removeprefix("-")
 
 
 def signed(value: float) -> str:

@@ -10,12 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 from bdh_bench.metrics import METRICS
+from bdh_bench.results.capacity_figures import capacity_figures
 from bdh_bench.results.claims import references_of
 from bdh_bench.results.contenders import CONTROLS, QUALITY, Facts
 from bdh_bench.results.depth import STEP, curves_of, slope_of
 from bdh_bench.results.display import shortened
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import Axis, Dot, Figure, Reference, styles_of
+from bdh_bench.results.footprint_crossover import footprint_marks, state_marks
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, value_axis
 from bdh_bench.results.reach import shaded
 from bdh_bench.results.recall_figures import recall_figures
@@ -39,6 +41,7 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
         peak_vs_context(facts, shown),
         prefill_vs_context(facts, shown),
         tpot_vs_depth(facts, shown),
+        *capacity_figures(facts, shown),
         *recall_figures(facts, shown),
         training_curves(facts),
     )
@@ -78,7 +81,8 @@ def memory_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
     """State bytes against context, both logarithmic."""
     chosen = [point for point in points if point.metric == "state_bytes" and "axis" not in dict(point.axes)]
     notes = ["The tensors that must survive until the next token, counted; a flat line is a state that never grows."]
-    return against_context(facts, "memory", "State against context", chosen, ("state", "byte", "log"), (), notes)
+    drawn = against_context(facts, "memory", "State against context", chosen, ("state", "byte", "log"), (), notes)
+    return replace(drawn, marks=(*drawn.marks, *state_marks(facts)))
 
 
 def peak_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
@@ -86,7 +90,8 @@ def peak_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:
     chosen = [point for point in points if point.metric == "peak_footprint_bytes"]
     notes = ["High-water mark of the whole process, weights and program included."]
     y: Upwards = ("peak footprint", "byte", "log")
-    return against_context(facts, "peak", "Peak memory against context", chosen, y, (), notes)
+    drawn = against_context(facts, "peak", "Peak memory against context", chosen, y, (), notes)
+    return replace(drawn, marks=(*drawn.marks, *footprint_marks(facts)))
 
 
 def prefill_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:

@@ -10,8 +10,10 @@ From the stamps of every decoding step (``decode.npz`` of a round): quantiles of
 
 From the rows of the same-target sweep: gain(c) = bits at the shortest context − bits at c, and the slope per doubling of c.
 
-Each comes out as one record per document or round, like those of a task, so that reduction, intervals and pairing are the same for all.
-A token of several bytes spreads its bits evenly over them.
+From the probes of a memory budget: what ``capacity`` says.
+
+Each of the others comes out as one record per document or round, like those of a task, so that reduction, intervals and pairing are the
+same for all. A token of several bytes spreads its bits evenly over them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from bdh_bench.results.capacity import capacity_records
 from bdh_bench.types import Record
 
 if TYPE_CHECKING:
@@ -67,6 +70,7 @@ def derived_records(run: Run) -> Iterator[Record]:
     for record in run.records:
         if record.metric in (SWEEP, STREAM, STEP) and record.value is not None:
             rows.setdefault(record.cell, []).append(record)
+    yield from capacity_records(run.records)
     for cell in run.cells:
         own = rows.get(cell.key, [])
         yield from gains([r for r in own if r.metric == SWEEP])

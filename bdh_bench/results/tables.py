@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bdh_bench.metrics import METRICS
 from bdh_bench.results import statistics
 from bdh_bench.results.blocks import LABEL, blocks_of
+from bdh_bench.results.capacity import ALONE, TOGETHER, capacity_records
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.reductions import derived_records
 from bdh_bench.results.rounds import grouped, timing_of
@@ -318,7 +319,7 @@ def best_points(points: Sequence[Point]) -> list[Point]:
 
 
 #: Metrics that are shown first in every task, beside each task's own headline metric.
-_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s", "state_restore_s", "state_fork_s")
+_SHOWN_FIRST = ("stream_bits_per_byte", "prefill_s", "tpot_s", "state_restore_s", "state_fork_s", TOGETHER, ALONE)
 
 
 def headlines_of(run: Run) -> set[tuple[str, str]]:
@@ -327,7 +328,8 @@ def headlines_of(run: Run) -> set[tuple[str, str]]:
     Of a task whose headline nothing measured (what it measures depends on what it was asked for), all that was.
     """
     wanted = {(cell.task, metric) for cell in run.cells for metric in (cell.metric, *_SHOWN_FIRST)}
-    measured = {(record.task, record.metric) for record in run.records if record.value is not None}
+    rows = (*run.records, *capacity_records(run.records))
+    measured = {(record.task, record.metric) for record in rows if record.value is not None}
     silent = {task for task, _ in measured} - {task for task, _ in measured & wanted}
     return wanted | {(task, metric) for task, metric in measured if task in silent}
 

@@ -152,6 +152,7 @@ def _results(
     import torch
 
     from bdh_bench.loading import load_model
+    from bdh_bench.runner.apart import apart_for
     from bdh_bench.runner.gates import failure, hold, phase, splits
     from bdh_bench.runner.matching import matched_model, training_flops_per_byte
     from bdh_bench.runner.recipes import rate_source
@@ -212,6 +213,7 @@ def _results(
         passed=lambda gate, error, bound: rows.append({"gate": gate, "kept": True, "error": error, "bound": bound}),
         note=facts.__setitem__,
         halfway=lambda: halfway_of(model, facts.get("training", {})),
+        apart=apart_for(cell, spec, contexts),
     )
     evaluated = now_s()
     yield from task.run(model, config, context)

@@ -28,7 +28,7 @@ _MARKERS = {
     "pentagon": "p",
 }
 _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": ":", "longdash": (0, (8, 3))}
-_MARK_SYMBOLS = {"stopped": "|", "failed": "x", "half": "+"}
+_MARK_SYMBOLS = {"stopped": "|", "failed": "x", "half": "+", "crossing": "d"}
 #: A hundredth of a point is finer than any screen; the rest is weight.
 _DECIMALS = re.compile(r"(\d\.\d\d)\d+")
 _SETTINGS = {
@@ -106,7 +106,16 @@ def _draw(axes: Any, figure: Figure) -> None:
         )
     for number, mark in enumerate(figure.marks):
         symbol = _MARK_SYMBOLS.get(mark.kind, "x")
-        axes.plot([mark.x], [mark.y], symbol, color=_INK, markersize=12, markeredgewidth=1.5, gid=f"mark-{number}")
+        axes.plot(
+            [mark.x],
+            [mark.y],
+            symbol,
+            color=_INK,
+            markerfacecolor="none",
+            markersize=12,
+            markeredgewidth=1.5,
+            gid=f"mark-{number}",
+        )
         axes.annotate(mark.label, (mark.x, mark.y), xytext=(6, 6), textcoords="offset points", fontsize=7.5)
     _set_axis(axes.xaxis, axes.set_xlabel, figure.x)
     _set_axis(axes.yaxis, axes.set_ylabel, figure.y)

@@ -15,7 +15,12 @@ from bdh_bench.results.escaping import plotly as safe
 from bdh_bench.results.figure import Axis, Band, Dot, Figure, Mark, Reference, Series
 
 _MARKERS = {"cross": "x"}
-_MARK_SYMBOLS = {"stopped": "line-ns-open", "failed": "x-thin-open", "half": "cross-thin-open"}
+_MARK_SYMBOLS = {
+    "stopped": "line-ns-open",
+    "failed": "x-thin-open",
+    "half": "cross-thin-open",
+    "crossing": "diamond-tall-open",
+}
 
 
 def to_plotly(figure: Figure) -> dict[str, Any]:
