@@ -108,7 +108,7 @@ def _of_pair(facts: Facts, first: str, second: str) -> StateCrossover | None:
     census = ({c: side[c][0] for c in grid} for side in counted)
     if not all(formulae):
         found = measured(*census)
-        return found and StateCrossover(first, second, found, "from the census alone", False, cells)
+        return None if found is None else StateCrossover(first, second, found, "from the census alone", False, cells)
     found = analytic(*formulae)
     if found is None:
         return StateCrossover(first, second, None, "they have no two contexts in common", False, cells)
