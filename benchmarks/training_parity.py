@@ -6,8 +6,8 @@
 
 ``parallel`` is the published arithmetic, T×T scores, differentiated by autograd; ``chunked`` is our kernel with its explicit backward
 pass. Both start from the same weights, read the same pieces in the same order, and take turns. In float32 their losses must agree
-within 1 % at every step, in float64 within 1e-6. Training multiplies what rounding leaves between two curves, by about 1e5 in 300 steps
-(below): in float64 that is still far below 1e-6, and an error in one of the forms is not, so float64 is the stronger evidence.
+within 1 % at every step, in float64 within 1e-6; both bounds were fixed before the recorded runs. Training multiplies what rounding leaves
+between two curves, in float32 to a percent (below), so that float64 is the stronger evidence.
 
 The loop is ``training/loop.py`` itself with the published recipe: AdamW with its usual moments (0.9, 0.999) at a constant 1e-3, decay
 0.1, no clipping. Scaled down from 32 random pieces of 512 bytes per step, 256 features and 32,768 neurons: to 8 pieces of 256, 64 and
@@ -24,6 +24,9 @@ small error.
 How far apart may two curves be that differ by nothing but rounding? ``loss_last_bit`` is the control: ``chunked`` once more, from weights
 that differ in their last bit. What it differs from ``loss_chunked`` by is the training's own sensitivity, not a form's. It is run in
 float32 alone.
+
+Recorded over 300 steps: in float32 (``results/training-parity.csv``) the losses are at most 0.78 % apart, median 0.06 %, and one bit of the
+first weights moves them by up to 0.90 %; in float64 (``results/training-parity-float64.csv``) at most 1.7e-15.
 
 An older run on 2 pieces of 512 bytes per step and 2,048 neurons (``results/training-parity-2x512.csv``) misses the 1 %: three losses of 300
 are up to 1.1 % apart. Its gradients are equal to 1e-15, and one bit of the first weights moves the same kernel's losses by up to 0.8 %.
