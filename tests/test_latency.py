@@ -18,7 +18,7 @@ from bdh_bench.measure.clock import Clocks
 from bdh_bench.models import toy
 from bdh_bench.models.bdh import Config as BdhConfig
 from bdh_bench.models.bdh import Model as Bdh
-from bdh_bench.results import claims
+from bdh_bench.results.assessment import assess
 from bdh_bench.results.reductions import between_tokens, derived_records
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import points_of
@@ -373,7 +373,8 @@ def test_both_ways_of_decoding_make_rows_that_can_be_compared(run: Run) -> None:
     assert len({p.model for p in points}) == 2
     assert [dict(p.axes)["path"] for p in points] == ["dense", "sparse"]
     one, two = points
-    assert claims._same_load([one], [two]) == (one, two)
+    found = [s for s in assess(run).speeds if s.first.metric == "tpot_s"]
+    assert [(s.first.model, s.second.model, s.runtime) for s in found] == [(one.model, two.model, "eager")]
     assert {dict(p.axes)["layer"] for p in points_of(run) if p.metric == "row_density" and p.model == one.model} == {
         0,
         1,
@@ -389,10 +390,10 @@ def test_both_ways_of_decoding_make_rows_that_can_be_compared(run: Run) -> None:
 
 
 def test_a_time_is_never_compared_with_that_of_another_runtime(run: Run) -> None:
-    one, two = (p for p in points_of(run) if p.metric == "tpot_s")
-    compiled = replace(two, axes=tuple((n, "compile" if n == "runtime" else v) for n, v in two.axes))
-    assert claims._same_load([one], [compiled]) is None
-    assert claims._same_load([one], [compiled, two]) == (one, two)
+    model = run.cells[1].model
+    moved = tuple(replace(r, axes={**r.axes, "runtime": "compile"}) if r.model == model else r for r in run.records)
+    assert assess(run).speeds
+    assert [s for s in assess(replace(run, records=moved)).speeds if not s.best_of_each] == []
 
 
 def test_quantiles_are_those_of_the_stored_steps_by_round(run: Run) -> None:
