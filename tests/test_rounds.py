@@ -83,7 +83,7 @@ def test_windows_as_units_would_claim_too_much(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("w", [1, 4, 5])
 def test_medians_of_drawn_windows_have_the_distribution_of_drawing_them(w: int) -> None:
     windows = np.sort(np.random.default_rng(0).normal(10, 1, w))
-    quick = windows[module._median_places(w, 3, 0)].mean(0).ravel()
+    quick = np.mean([windows[place] for place in module._median_places(w, 3, 0)], axis=0)
     slow = np.median(windows[np.random.default_rng(2).integers(0, w, (30_000, w))], axis=1)
     for share in (0.1, 0.25, 0.5, 0.75, 0.9):
         assert np.quantile(quick, share) == pytest.approx(np.quantile(slow, share), abs=0.12)

@@ -181,30 +181,34 @@ def resampled(quantities: Sequence[Rounds]) -> Floats:
     drawn = _drawn_rounds(n)
     out = np.empty((RESAMPLES, len(quantities)))
     for k, rounds in enumerate(quantities):
-        values = np.empty(drawn.shape)
-        for j, name in enumerate(names):
-            ordered, here = np.sort(np.asarray(rounds[name], dtype=np.float64)), drawn == j
-            places = _median_places(len(ordered), n, k)
-            values[here] = ordered[places[:, here]].mean(0)
-        out[:, k] = np.median(values, axis=1)
+        values = np.empty(RESAMPLES * n)
+        for name, here in zip(names, drawn, strict=True):
+            ordered = np.sort(np.asarray(rounds[name], dtype=np.float64))
+            lower, *upper = _median_places(len(ordered), n, k)
+            values[here] = ordered[lower[here]]
+            for place in upper:
+                values[here] = (values[here] + ordered[place[here]]) / 2
+        each = np.sort(values.reshape(RESAMPLES, n), axis=1)
+        out[:, k] = (each[:, (n - 1) // 2] + each[:, n // 2]) / 2
     return out
 
 
 @lru_cache(maxsize=8)
-def _drawn_rounds(n: int) -> NDArray[np.int64]:
-    return np.random.default_rng([SEED, _ROUND_STREAM]).integers(0, n, (RESAMPLES, n))  # (R, N)
+def _drawn_rounds(n: int) -> tuple[NDArray[np.intp], ...]:
+    """For each of n rounds, where in R · n draws it is drawn."""
+    drawn = np.random.default_rng([SEED, _ROUND_STREAM]).integers(0, n, RESAMPLES * n)
+    return tuple(np.flatnonzero(drawn == j) for j in range(n))
 
 
 @lru_cache(maxsize=32)
-def _median_places(w: int, n: int, stream: int) -> NDArray[np.int32]:
-    """Which of w ordered windows are the two in the middle of w drawn ones, (2, R, N); twice the same for an odd w."""
+def _median_places(w: int, n: int, stream: int) -> tuple[NDArray[np.int32], ...]:
+    """Which of w ordered windows is in the middle of w drawn ones, (R · N,); for an even w the two that are."""
     generator = np.random.default_rng([SEED, _WINDOW_STREAM, stream])
     k = (w + 1) // 2  # the lower middle one of w
-    lower = generator.beta(k, w - k + 1, (RESAMPLES, n))
-    upper = lower
+    places = [generator.beta(k, w - k + 1, RESAMPLES * n)]
     if w % 2 == 0:  # the least of the w − k uniform numbers above it
-        upper = 1 - (1 - lower) * generator.random((RESAMPLES, n)) ** (1 / (w - k))
-    return np.minimum(np.stack([lower, upper]) * w, w - 1).astype(np.int32)
+        places.append(1 - (1 - places[0]) * generator.random(RESAMPLES * n) ** (1 / (w - k)))
+    return tuple(np.minimum(place * w, w - 1).astype(np.int32) for place in places)
 
 
 def interval_of(draws: Floats, units: int) -> tuple[float, float]:
