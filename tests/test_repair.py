@@ -21,7 +21,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != ".guard" and "quarantine" not in path.parts
+        if path.is_file() and "quarantine" not in path.parts
     }
 
 

@@ -24,7 +24,6 @@ from bdh_bench.measure.clock import now_s
 
 HEARTBEAT_S = 10.0
 MISSED = 3
-_GUARD = ".guard"
 
 
 class Leases:
@@ -117,10 +116,9 @@ class Leases:
             yield
             return
         try:
-            descriptor = os.open(self.folder / _GUARD, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)  # the folder itself: no file is left behind
         except OSError as error:
-            reason = error.strerror
-            raise StoreError(f"cannot write below {self.folder}: {reason}", "check space and permissions") from error
+            raise StoreError(f"cannot use {self.folder}: {error.strerror}", "check permissions") from error
         try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
