@@ -39,7 +39,8 @@ def test_each_death_is_a_row_and_the_others_finish(tmp_path: Path) -> None:
     run = _go(
         RunSpec(models, ("latency:budget=smoke:steps=2:windows=2:prefills=1",), contexts=(16,), rounds=1), tmp_path
     )
-    assert [c.status for c in run.cells] == ["crash", "gate_failed", "oom_host", "ok"]
+    assert [c.status for c in run.cells[:3]] == ["crash", "gate_failed", "oom_host"]
+    assert run.cells[3].kind == "ok"  # a busy machine may mark it noisy
     assert "SIGSEGV" in run.cells[0].reason
     assert tally(run) == {"ok": 1, "failed": 2, "skipped": 1}
     assert exit_code(run) == 6

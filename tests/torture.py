@@ -89,6 +89,9 @@ def torture(root: Path, most_kills: int, seconds: float, seed: int) -> Outcome:
             finished = open_run(folder).finished
         if name == "peace":  # a kill for every second cell, however fast this machine is
             pause = 2 * (time.monotonic() - began) / len(plan.cells)
+        parent(
+            root, name
+        ).wait()  # the last one may have been killed after its last row: nothing is to do but to tidy up
         run = open_run(folder)
         rows, attempts = rows + len(run.records), attempts + sum(cell.attempts for cell in run.cells)
         wrong += _wrong(run, open_run(root / "peace"))

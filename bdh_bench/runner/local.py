@@ -78,10 +78,10 @@ def work(folder: Path, names: Sequence[str], limits: Limits, report: Report) -> 
         if len(held) == len(waiting):
             time.sleep(_LOOK_AGAIN_S)
         waiting = held
-    _sweep(folder)
+    sweep(folder)
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove the temporary files of attempts whose parent was killed."""
     busy = Leases(folder).busy()
     for path, round_ in left_behind(folder).items():

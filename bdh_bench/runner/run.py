@@ -11,7 +11,7 @@ from bdh_bench.errors import SpecError, StoreError
 from bdh_bench.measure.host import environment
 from bdh_bench.results.store import Run, check_run_id, create_run, list_runs, new_run_id, open_run
 from bdh_bench.runner.executor import Executor, Local
-from bdh_bench.runner.local import Limits, Report
+from bdh_bench.runner.local import Limits, Report, sweep
 from bdh_bench.runner.plan import Plan
 from bdh_bench.runner.selection import Selection, choose
 from bdh_bench.runner.selftest import outcome as selftest
@@ -101,6 +101,7 @@ def execute(
             raise
         if state == "ended":
             break
+    sweep(folder)  # also where there was nothing to do: the last parent may have been killed after its last row
     return open_run(folder)
 
 
