@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUNS   ?= runs
 DATA   ?= stdlib
 
-.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training bench-parity docs docs-hf clean
+.PHONY: quickstart test check lint types fix sweep bench-engine bench-cache bench-training bench-parity docs docs-hf torture clean
 
 # Installed once per change of the project's dependencies.
 $(VENV)/.user: pyproject.toml constraints.txt
@@ -59,6 +59,10 @@ docs: $(VENV)/.dev
 
 docs-hf: $(VENV)/.dev
 	$(BIN)/python docs/generate_hf_models.py
+
+# kill -9 at random moments, resume, nothing lost: bounded by TORTURE_SECONDS (600) and TORTURE_KILLS (200).
+torture: $(VENV)/.dev
+	$(BIN)/python tests/torture.py
 
 clean:
 	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache

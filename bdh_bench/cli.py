@@ -21,6 +21,8 @@ from bdh_bench.errors import BenchError, SpecError, UnknownNameError
 
 if TYPE_CHECKING:
     from bdh_bench.results.store import Run
+    from bdh_bench.runner.local import Limits
+    from bdh_bench.runner.selection import Selection
     from bdh_bench.spec import RunSpec
 
 app = typer.Typer(
@@ -67,6 +69,9 @@ Margin = Annotated[
 State = Annotated[str, typer.Option("--state", help="carry, or where a scored stream starts anew: cold, window.")]
 Gate = Annotated[str, typer.Option("--gate", help="Length of the correctness gates: standard or full.")]
 Pieces = Annotated[str, typer.Option("--split-documents", help="Cut longer documents into pieces, for example 200KiB.")]
+CellTimeout = Annotated[float, typer.Option("--cell-timeout", help="Seconds that one round of a cell may take.")]
+TimeBudget = Annotated[str, typer.Option("--time-budget", help="Start nothing after so long: 90s, 30m, 2h.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Start nothing after the first failed round.")]
 RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="Run id or folder; the newest without it.")]
 
 _PLAIN_BYTES, _PLAIN_CONTEXT = 1_572_864, 256
@@ -103,7 +108,14 @@ def run(
     runs: Runs = Path("runs"),
     run_id: Annotated[str | None, typer.Option("--run-id", help="Name of the run.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run of that id.")] = False,
-    cell_timeout: Annotated[float, typer.Option("--cell-timeout", help="Seconds that one cell may take.")] = 7200.0,
+    cell_timeout: CellTimeout = 7200.0,
+    time_budget: TimeBudget = "",
+    fail_fast: FailFast = False,
+    retry: Annotated[str, typer.Option("--retry", help="Measure again what ended so, for example timeout,crash.")] = "",
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="Measure again what failed, nothing else.")
+    ] = False,
+    max_cells: Annotated[int | None, typer.Option("--max-cells", help="Measure at most so many cells now.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and stop.")] = False,
     json_: Json = False,
 ) -> None:
@@ -138,7 +150,11 @@ def run(
             rounds=rounds or 0,
             split_documents=_bytes(split_documents),
         )
-    _run(_smoke(request) if smoke else request, runs, run_id, resume, cell_timeout, dry_run, json_)
+    from bdh_bench.runner.selection import Selection, parse_statuses
+
+    selection = Selection(parse_statuses(retry), only_failed, max_cells)
+    limits = _limits(cell_timeout, time_budget, fail_fast)
+    _run(_smoke(request) if smoke else request, runs, run_id, resume, limits, selection, dry_run, json_)
 
 
 def _seeds(count: int | None, one: int | None) -> tuple[int, ...]:
@@ -190,8 +206,22 @@ def _smoke(request: RunSpec) -> RunSpec:
     )
 
 
+def _limits(cell_timeout: float, time_budget: str, fail_fast: bool) -> Limits:
+    from bdh_bench.runner.local import Limits
+    from bdh_bench.spec import parse_seconds
+
+    return Limits(cell_timeout, parse_seconds(time_budget) if time_budget else None, fail_fast)
+
+
 def _run(
-    request: RunSpec, root: Path, run_id: str | None, resume: bool, timeout_s: float, dry_run: bool, json_: bool
+    request: RunSpec,
+    root: Path,
+    run_id: str | None,
+    resume: bool,
+    limits: Limits,
+    selection: Selection,
+    dry_run: bool,
+    json_: bool,
 ) -> None:
     from bdh_bench.runner.plan import cell_json, make_plan
     from bdh_bench.runner.run import execute, exit_code, prepare, tally
@@ -207,11 +237,11 @@ def _run(
                 often = f" rounds {cell['rounds']}" if cell["rounds"] > 1 else ""
                 typer.echo(f"{cell['key'][:12]}  {cell['model']}  {cell['task']}  seed {cell['seed']}{where}{often}")
         return
-    folder = prepare(plan, root, run_id, resume)
+    folder = prepare(plan, root, run_id, resume, selection)
     _say(f"run {folder.name}: {len(plan.cells)} cells" + (f" · {', '.join(plan.labels)}" if plan.labels else ""))
     with _progress(len(plan.rounds)) as report:
         try:
-            done = execute(plan, folder, report, timeout_s)
+            done = execute(plan, folder, report, limits.cell_timeout_s, limits, selection)
         except KeyboardInterrupt:
             again = f"bdh-bench run --resume --run-id {shlex.quote(folder.name)} --runs {shlex.quote(str(root))}"
             again += plan.manifest("", "", {})["command"].removeprefix("bdh-bench run")
@@ -228,8 +258,10 @@ def _run(
         _print_run(done)
         for error in errors:
             _say(f"failed: {error['message']} (log: {folder}/cells/{error['cell'][:16]})")
+        left = len(done.cells) - sum(counts.values())
+        missing = f", {left} not measured yet" if left else ""
         _say(
-            f"{counts['ok']} measured, {counts['skipped']} skipped, {counts['failed']} failed · {folder} · "
+            f"{counts['ok']} measured, {counts['skipped']} skipped, {counts['failed']} failed{missing} · {folder} · "
             f"read it with: bdh-bench report {shlex.quote(folder.name)} --runs {shlex.quote(str(root))}"
         )
     if code:
@@ -704,15 +736,25 @@ def selftest(
 
 @app.command()
 def doctor(
+    run: RunName = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Look through a stored run instead; damage is copied, exit code 3.")
+    ] = False,
     strict_host: Annotated[
         bool, typer.Option("--strict-host", help="Exit code 7 where this machine is unfit to measure on.")
     ] = False,
+    runs: Runs = Path("runs"),
     json_: Json = False,
 ) -> None:
-    """What this machine is, how noisy it is now, what is missing, and the command that adds it."""
+    """What this machine is, how noisy it is now, what is missing, and the command that adds it; or whether a run is sound."""
     from bdh_bench import columns
     from bdh_bench.runner.doctor import examine
 
+    if run and not store:
+        raise SpecError(f"got the run {run!r} without --store · expected both", "add --store")
+    if store:
+        _doctor_store(runs, run, json_)
+        return
     examination = examine()
     if json_:
         _print_json("doctor", "ok" if examination.fit else "failed", examination.as_json())
@@ -786,6 +828,43 @@ def plan(
     else:
         columns.show([capacity_planning.as_row(one) for one in found])
         _say("measured: this machine's rows; formula: weights + streams · state, and no workspace")
+
+
+@app.command()
+def worker(
+    run: Annotated[Path, typer.Option("--run", help="Folder of the run.")],
+    cells: Annotated[str, typer.Option("--cells", help="KEY[-ROUND],…; all that is missing without it.")] = "",
+    cell_timeout: CellTimeout = 7200.0,
+    time_budget: TimeBudget = "",
+    fail_fast: FailFast = False,
+    attached: Annotated[bool, typer.Option("--attached", help="End when stdin is closed.")] = False,
+) -> None:
+    """Measure rounds of a run that exists, as engines do; several workers share a run. Progress is JSON lines on stdout."""
+    from bdh_bench.runner.executor import serve
+
+    names = [name for name in cells.split(",") if name]
+    code = serve(run, names, _limits(cell_timeout, time_budget, fail_fast), attached, typer.echo)
+    if code:
+        raise typer.Exit(code)
+
+
+def _doctor_store(root: Path, name: str | None, json_: bool) -> None:
+    from bdh_bench import columns
+    from bdh_bench.results.store import find_run
+    from bdh_bench.runner.repair import repair
+
+    done = repair(find_run(root, name))
+    if json_:
+        errors = [
+            {"code": f.kind, "message": f"{f.where}: {f.about}", "hint": f"copied to {f.copy}", "cell": None}
+            for f in done.damage
+        ]
+        _print_json("doctor", "ok" if done.sound else "partial", done.as_json(), errors)
+    else:
+        columns.show([vars(finding) for finding in done.findings])
+        _say(f"{done.run}: " + ("sound" if done.sound else f"{len(done.damage)} damaged; copies in quarantine/"))
+    if not done.sound:
+        raise typer.Exit(3)
 
 
 def _open(root: Path, name: str | None) -> Run:

@@ -164,11 +164,11 @@ def parse_tokens(text: str) -> int:
 
 
 def parse_seconds(text: str) -> float:
-    """``0.05``, ``50ms`` or ``2s``. Raises SpecError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|s|ms|us|µs)\s*", text)
+    """``0.05``, ``50ms``, ``2s``, ``30m`` or ``2h``. Raises SpecError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|h|m|s|ms|us|µs)\s*", text)
     if not found or not float(found[1]):
-        raise SpecError(f"got {text!r} · expected a time", "for example 50ms or 0.05s")
-    return float(found[1]) * {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}[found[2]]
+        raise SpecError(f"got {text!r} · expected a time", "for example 50ms, 0.05s or 2h")
+    return float(found[1]) * {"": 1.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}[found[2]]
 
 
 def parse_tasks(text: str, known: Collection[str]) -> tuple[ModelSpec, ...]:

@@ -27,6 +27,8 @@ MEASURED_STATUSES = frozenset({"ok", "noisy", "unsteady", "throttled"})
 RESULT_STATUSES = frozenset({"unsupported", "skipped", "oom_host", "oom_cuda"})
 #: Not final: such a cell runs again on resume.
 UNFINISHED_STATUSES = frozenset({"interrupted", "infra"})
+#: Exit status of a process that measured and could not store what came out (EX_TEMPFAIL); its round is not final.
+NOT_STORED_EXIT = 75
 
 
 @dataclass(frozen=True)

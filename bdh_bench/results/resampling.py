@@ -26,7 +26,8 @@ SEED = 20_260_101
 RESAMPLES = 10_000
 #: Below this many clusters the interval is BCa.
 PERCENTILE_FROM = 30
-_LARGEST_BLOCK = 2_000_000  # draws held in memory at once
+_LARGEST_BLOCK = 2_000_000  # draws computed with at once
+_LARGEST_KEPT = 20_000_000  # draws kept for the next call, two bytes each: to draw takes longer than to count
 
 Floats = NDArray[np.float64]
 #: sample → (value, weight)
@@ -112,9 +113,13 @@ def _draws(n: int) -> Iterable[Floats]:
     """How often each of n units is drawn, (R, n) in blocks; the same for every call with the same n."""
     if n * RESAMPLES <= _LARGEST_BLOCK:
         return (_drawn_once(n),)
-    generator, rows = np.random.default_rng(SEED), max(1, _LARGEST_BLOCK // n)
-    sizes = [min(rows, RESAMPLES - start) for start in range(0, RESAMPLES, rows)]
-    return (_counts(generator, n, size) for size in sizes)
+    rows = max(1, _LARGEST_BLOCK // n)
+    starts = range(0, RESAMPLES, rows)
+    if n * RESAMPLES <= _LARGEST_KEPT:
+        kept = _kept_small(n)
+        return (kept[start : start + rows].astype(np.float64) for start in starts)
+    generator = np.random.default_rng(SEED)
+    return (_counts(generator, n, min(rows, RESAMPLES - start)) for start in starts)
 
 
 @lru_cache(maxsize=4)
@@ -126,6 +131,11 @@ def counts_once(n: int, stream: int) -> Floats:
 @lru_cache(maxsize=4)
 def _drawn_once(n: int) -> Floats:
     return _counts(np.random.default_rng(SEED), n, RESAMPLES)
+
+
+@lru_cache(maxsize=4)
+def _kept_small(n: int) -> NDArray[np.uint16]:
+    return _counts(np.random.default_rng(SEED), n, RESAMPLES).astype(np.uint16)
 
 
 def _counts(generator: np.random.Generator, n: int, rows: int) -> Floats:

@@ -13,13 +13,15 @@ lines and reports them; what the version before wrote it reads through ``migrati
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import re
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,19 @@ from bdh_bench.types import MEASURED_STATUSES, RESULT_STATUSES, UNFINISHED_STATU
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{p}{i}" for p in ("com", "lpt") for i in range(1, 10))}
 _LARGEST_JSON_BYTES = 64 * 2**20
+_MOST_ROUNDS, _MOST_ATTEMPTS = 10_000, 1_000_000  # a store that says more is damaged, or means harm
 _EVENT_TYPES = frozenset({"started", "result", "failed"})
 _EVENT_FIELDS = frozenset(
     {"type", "time", "cell", "round", "attempt", "status", "reason", "facts", "log", "files", "measurements"}
 )
 _FILES = re.compile(r"[A-Za-z0-9]{1,16}/[0-9]{1,9}(-[0-9]{1,9})?\Z")
-_MEASURED = frozenset(field.name for field in fields(Measurement))
+#: Field of a measurement → what it may hold.
+_MEASURED: dict[str, Any] = {
+    **dict.fromkeys(("metric", "sample", "metric_id", "status", "reason"), str),
+    **dict.fromkeys(("context", "batch_size", "repeat"), int),
+    **dict.fromkeys(("value", "weight"), (int, float)),
+    "axes": dict,
+}
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -140,11 +149,14 @@ class EventWriter:
         """Append one event. Raises StoreError if the line did not reach the disk whole."""
         text = canonical({"type": type_, "time": datetime.now(UTC).isoformat(timespec="seconds"), **body})
         line = f'{{"v":{SCHEMA_VERSION},"crc":{zlib.crc32(text.encode())},"body":{text}}}\n'.encode()
+        before = os.fstat(self._descriptor).st_size
         try:
             if os.write(self._descriptor, line) != len(line):
                 raise OSError("the disk took part of a line only")
             os.fsync(self._descriptor)
         except OSError as error:
+            with contextlib.suppress(OSError):  # what comes next must not continue a torn line
+                os.ftruncate(self._descriptor, before)
             raise StoreError(f"cannot append to {self.path}: {error}", "check the space on the disk") from error
 
     def close(self) -> None:
@@ -184,8 +196,8 @@ def kind_of(status: str) -> str:
 class RoundOutcome:
     """What became of one round of a cell: its newest final attempt, or "planned" / "interrupted" where there is none.
 
-    ``attempts`` counts starts; ``files`` is the attempt's folder below ``cells/``, or ""; ``more`` has what was stored with it and
-    is not known here.
+    ``attempts`` counts starts; ``files`` is the attempt's folder below ``cells/``, or ""; ``stored`` is whether the attempt has a row
+    and was not only started; ``more`` has what was stored with it and is not known here.
     """
 
     round: int
@@ -196,6 +208,7 @@ class RoundOutcome:
     facts: Mapping[str, Any]
     log: str = ""
     files: str = ""
+    stored: bool = False
     more: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -298,7 +311,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > _LARGEST_JSON_BYTES:
             raise StoreError(f"{path} is larger than 64 MiB · expected a manifest")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise StoreError(f"{path} holds no JSON object · expected a run manifest")
@@ -312,7 +325,9 @@ def open_run(path: str | Path) -> Run:
         raise UnknownRunError(f"no run at {folder} · expected a folder with run.json", "see 'bdh-bench list runs'")
     manifest = _read_json(folder / "run.json")
     try:
-        manifest = current_manifest(manifest)
+        manifest = _checked_manifest(current_manifest(manifest))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder / 'run.json'} is damaged: {error!r} · expected a list of planned cells") from error
     except Unreadable as error:
         newer = "upgrade bdh-bench, or read it with the one that wrote it"
         raise StoreError(f"got {error} in {folder} · expected one that is", newer) from error
@@ -320,10 +335,10 @@ def open_run(path: str | Path) -> Run:
     by_cell: dict[str, list[dict[str, Any]]] = {}
     for shard in sorted((folder / "events").glob("*.jsonl")):
         for body in read_events(shard, problems):
-            by_cell.setdefault(str(body.get("cell")), []).append(body)
+            by_cell.setdefault(body["cell"], []).append(body)
     cells: list[CellOutcome] = []
     records: list[Record] = []
-    for planned in manifest.get("cells", []):
+    for planned in manifest["cells"]:
         outcome, events = _outcome(planned, by_cell.get(planned["key"], []), problems)
         cells.append(outcome)
         for one in outcome.rounds:
@@ -331,21 +346,50 @@ def open_run(path: str | Path) -> Run:
     return Run(folder.name, folder, manifest, tuple(cells), tuple(records), tuple(problems))
 
 
+def read_cell(folder: Path, manifest: Mapping[str, Any], key: str) -> CellOutcome:
+    """What became of one cell, from the shards that the runner named after it."""
+    planned = next(cell for cell in manifest["cells"] if cell["key"] == key)
+    shards = [path for path in sorted((folder / "events").glob("*.jsonl")) if path.name.startswith(f"{key[:16]}-")]
+    events = [body for shard in shards for body in read_events(shard, []) if body["cell"] == key]
+    return _outcome(planned, events, [])[0]
+
+
+def _checked_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with its cells as they must be. Raises KeyError, TypeError, AttributeError or ValueError."""
+    cells = manifest.setdefault("cells", [])
+    for cell in cells:
+        if not all(isinstance(cell[name], str) for name in ("key", "model", "family", "size", "task")):
+            raise TypeError("a name in a planned cell")
+        rounds, context = cell.get("rounds", 1), cell.get("context")
+        if type(cell["seed"]) is not int or type(rounds) is not int or not 1 <= rounds <= _MOST_ROUNDS:
+            raise ValueError("seed or rounds of a planned cell")
+        if context is not None and type(context) is not int:
+            raise TypeError("the context of a planned cell")
+    return manifest
+
+
 def read_events(shard: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
     """The sound events of one shard; what is damaged is described in ``problems``. A torn last line is tolerated."""
-    data = shard.read_bytes()
-    lines = data.split(b"\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        torn = number == len(lines)
-        body = _sound_body(line)
-        if body is not None:
-            yield body
-        elif torn:
-            problems.append(f"{shard.name}: last line is torn (a writer was stopped); it was ignored")
-        else:
-            problems.append(f"{shard.name}:{number}: damaged line skipped")
+    try:
+        for number, line, body in scan(shard):
+            if body is not None:
+                yield body
+            elif line.endswith(b"\n") or len(line) == _LARGEST_JSON_BYTES:
+                problems.append(f"{shard.name}:{number}: damaged line skipped")
+            else:
+                problems.append(f"{shard.name}: last line is torn (a writer was stopped); it was ignored")
+    except OSError as error:
+        problems.append(f"{shard.name}: cannot be read: {error.strerror or error}")
+
+
+def scan(shard: Path) -> Iterator[tuple[int, bytes, dict[str, Any] | None]]:
+    """(number, line, event) of each line that is not empty; None for the event of a damaged one. A line has at most 64 MiB."""
+    with shard.open("rb") as file:
+        number = 0
+        while line := file.readline(_LARGEST_JSON_BYTES):
+            number += 1
+            if line != b"\n":
+                yield number, line, _sound_body(line)
 
 
 def _sound_body(line: bytes) -> dict[str, Any] | None:
@@ -355,7 +399,7 @@ def _sound_body(line: bytes) -> dict[str, Any] | None:
         if zlib.crc32(canonical(body).encode()) != event["crc"]:
             return None
         return _checked(current_event(event["v"], body))
-    except (ValueError, KeyError, TypeError, RecursionError, Unreadable):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, Unreadable):
         return None
 
 
@@ -363,20 +407,32 @@ def _checked(body: dict[str, Any]) -> dict[str, Any]:
     """The event with its fields as they must be. Raises ValueError, KeyError or TypeError; what is not known is kept."""
     if body["type"] not in _EVENT_TYPES or not isinstance(body["cell"], str):
         raise ValueError(f"event {body['type']!r}")
-    for name in ("round", "attempt"):
-        if type(body[name]) is not int or body[name] < 1:
+    for name, most in (("round", _MOST_ROUNDS), ("attempt", _MOST_ATTEMPTS)):
+        if type(body[name]) is not int or not 1 <= body[name] <= most:
             raise ValueError(f"{name} {body[name]!r}")
     if body["type"] != "started" and not isinstance(body["status"], str):
         raise TypeError(f"status {body['status']!r}")
     if not isinstance(body.get("facts", {}), dict):
         raise TypeError("facts")
-    for raw in body.get("measurements", []):
-        _measurement(raw)
+    for name in ("reason", "log"):
+        if not isinstance(body.get(name, ""), str):
+            raise TypeError(name)
+    if "measurements" in body:
+        body["measurements"] = [_measurement(raw) for raw in body["measurements"]]
     return body
 
 
 def _measurement(raw: Mapping[str, Any]) -> Measurement:
-    """A stored measurement; fields that a later version added are left aside."""
+    """A stored measurement; fields that a later version added are left aside. Raises TypeError or ValueError for one that is none."""
+    for name, value in raw.items():
+        if name not in _MEASURED:
+            continue
+        if name == "value" and value is None:
+            continue
+        if not isinstance(value, _MEASURED[name]) or isinstance(value, bool):
+            raise TypeError(f"{name} {value!r}")
+        if name in ("value", "weight") and not math.isfinite(value):
+            raise ValueError(f"{name} {value!r}")
     return Measurement(**{name: value for name, value in raw.items() if name in _MEASURED})
 
 
@@ -400,7 +456,7 @@ def _outcome(
         task=planned["task"],
         seed=planned["seed"],
         context=planned.get("context"),
-        metric=planned.get("metric", ""),
+        metric=str(planned.get("metric", "")),
         status=decides.status,
         reason=several + decides.reason,
         attempt=decides.attempt,
@@ -465,6 +521,7 @@ def _round(
         facts=event.get("facts", {}),
         log=event.get("log", ""),
         files=_files(event, f"{key[:16]}/{number}-{attempt}") if attempt else "",
+        stored=attempt in final,
         more={name: value for name, value in event.items() if name not in _EVENT_FIELDS},
     )
     return outcome, event
@@ -481,17 +538,8 @@ def _records(run: str, cell: CellOutcome, one: RoundOutcome, event: Mapping[str,
         return
     measurements = event.get("measurements", [])
     if not measurements:  # a round without values is still a row, with its reason
-        measurements = [
-            {
-                "metric": cell.metric,
-                "value": None,
-                "context": cell.context or 0,
-                "status": one.status,
-                "reason": one.reason,
-            }
-        ]
-    for raw in measurements:
-        m = _measurement(raw)
+        measurements = [Measurement(cell.metric, None, cell.context or 0, status=one.status, reason=one.reason)]
+    for m in measurements:
         yield Record(
             run=run,
             cell=cell.key,

@@ -1,110 +1,212 @@
-"""Run cells on this machine, one after the other, each in a fresh process; whatever happens to it becomes a row.
+"""Which rounds of a run are measured here, one after the other, and what becomes of each? The work behind ``bdh-bench worker``.
 
-The parent blocks on the worker's pipe and never spins: it takes no time from what is measured.
+Every round has a fresh process; whatever happens to it becomes a row. Rounds that another parent is working on are left until the
+end, and then waited for: several of these share one run.
+
+A round is named KEY-ROUND (KEY: the first characters of a cell's key), or KEY-ROUND-ATTEMPT to measure it again although that
+attempt is final; KEY alone means all rounds of the cell.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import selectors
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from bdh_bench.errors import StoreError
+from bdh_bench.errors import StoreError, UnknownNameError
 from bdh_bench.measure.clock import now_s
-from bdh_bench.measure.placement import Placement, place, waiting_on
-from bdh_bench.results.store import CellOutcome, EventWriter, attempt_folder, open_run, wanted_rounds
-from bdh_bench.runner.leases import lease
+from bdh_bench.measure.placement import place, waiting_on
+from bdh_bench.results.store import (
+    CellOutcome,
+    EventWriter,
+    Run,
+    attempt_folder,
+    open_run,
+    read_cell,
+    wanted_rounds,
+)
+from bdh_bench.runner.leases import Leases
+from bdh_bench.runner.process import Death, left_behind, measure, temporary_folder
 from bdh_bench.spec import RunSpec
 from bdh_bench.types import Cell
 
 _LOG_TAIL = 4000
-_GRACE_S = 10.0
+#: A round whose process was lost to something outside is started again so many times.
+INFRA_RETRIES = 3
+#: How often it is asked whether another parent is through with a round.
+_LOOK_AGAIN_S = 1.0
+_OOM = ("oom_host", "oom_cuda")
 
+#: Called with (cell, facts) for each report of a worker.
 Report = Callable[[Cell, dict[str, Any]], None]
 
 
-def run_cells(
-    folder: Path,
-    spec: RunSpec,
-    rounds: Iterable[tuple[Cell, int, tuple[int, ...]]],
-    report: Report,
-    timeout_s: float,
-) -> None:
-    """Run each (cell, round, contexts) that is still wanted. KeyboardInterrupt passes through, the store consistent."""
-    for cell, number, contexts in rounds:
-        with lease(folder, cell.key, number):
-            if any(one.round == number for one in wanted_rounds(_outcome(folder, cell).rounds)):
-                where = place(spec.threads)
-                with waiting_on(where.parent):
-                    _run_round(folder, spec, cell, number, contexts, report, timeout_s, where)
+@dataclass(frozen=True)
+class Limits:
+    """How long and how far.
+
+    cell_timeout_s  seconds that one round may take
+    time_budget_s   no round starts after so many seconds (None: no limit)
+    fail_fast       nothing starts after the first failed round
+    """
+
+    cell_timeout_s: float = 7200.0
+    time_budget_s: float | None = None
+    fail_fast: bool = False
 
 
-def _outcome(folder: Path, cell: Cell) -> CellOutcome:
-    return next(c for c in open_run(folder).cells if c.key == cell.key)
+@dataclass(frozen=True)
+class _Item:
+    """A round to be measured; ``after`` is the final attempt that it is to replace (0: none)."""
+
+    cell: Cell
+    round: int
+    after: int = 0
 
 
-def _run_round(
-    folder: Path,
-    spec: RunSpec,
-    cell: Cell,
-    number: int,
-    contexts: tuple[int, ...],
-    report: Report,
-    timeout_s: float,
-    where: Placement,
-) -> None:
-    attempt = _claim_attempt(folder, cell.key, number)
-    files = attempt_folder(folder, cell.key, number, attempt)
-    request = {
-        "run_folder": str(folder.resolve()),
-        "spec": spec.as_json(),
-        "cell": asdict(cell),
-        "contexts": contexts,
-        "round": number,
-        "attempt": attempt,
-        "placement": where.as_json(),
-    }
-    report(cell, {"phase": "start", "round": number})
-    with (files / "log.txt").open("wb") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "bdh_bench.runner.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=_environment(spec),
-            start_new_session=True,
-        )
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps(request).encode() + b"\n")
-            worker.stdin.flush()
-            timed_out = not _follow(worker.stdout, cell, report, timeout_s)
-            if timed_out:
-                _end(worker)
-        except BrokenPipeError:
-            timed_out = False
-        except KeyboardInterrupt:
-            _interrupt(worker)
-            raise
-        finally:
-            if worker.poll() is None and sys.exc_info()[0] is not None:
-                _end(worker)
-        code = worker.wait()
-        worker.stdin.close()
-        worker.stdout.close()
-    _settle(folder, cell, number, attempt, code, timed_out, timeout_s, files / "log.txt")
-    done = _outcome(folder, cell).rounds[number - 1]
-    about = {"status": done.status, "reason": done.reason, "facts": dict(done.facts)}
-    report(cell, {"phase": "done", "round": number, **about})
+def work(folder: Path, names: Sequence[str], limits: Limits, report: Report) -> None:
+    """Measure the named rounds that are wanted (none named: all of the run). KeyboardInterrupt passes through, the store consistent."""
+    run = open_run(folder)
+    shift = _Shift(folder, run, limits, report)
+    waiting = list(_items(run, names))
+    while waiting and not shift.over:
+        held = list(shift.through(waiting))
+        if len(held) == len(waiting):
+            time.sleep(_LOOK_AGAIN_S)
+        waiting = held
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of attempts whose parent was killed."""
+    busy = Leases(folder).busy()
+    for path, round_ in left_behind(folder).items():
+        if round_ not in busy:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def cell_of(outcome: CellOutcome) -> Cell:
+    """The cell as it was planned."""
+    return Cell(outcome.key, outcome.model, outcome.task, outcome.seed, outcome.context, len(outcome.rounds))
+
+
+def _items(run: Run, names: Sequence[str]) -> Iterator[_Item]:
+    cells = [cell_of(outcome) for outcome in run.cells]
+    if not names:
+        yield from (_Item(cell, number) for cell in cells for number in range(1, cell.rounds + 1))
+    for name in names:
+        key, *numbers = name.split("-")
+        found = [cell for cell in cells if key and cell.key.startswith(key)]
+        if len(found) != 1 or len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise UnknownNameError("round", name, [f"{cell.key[:16]}-1" for cell in cells])
+        after = int(numbers[1]) if len(numbers) == 2 else 0
+        for number in [int(numbers[0])] if numbers else range(1, found[0].rounds + 1):
+            yield _Item(found[0], number, after)
+
+
+class _Shift:
+    """One worker at one run: what it has seen so far decides what it does next."""
+
+    def __init__(self, folder: Path, run: Run, limits: Limits, report: Report) -> None:
+        self.folder, self.manifest, self.limits, self.report = folder, run.manifest, limits, report
+        self.spec = RunSpec.from_mapping({k: v for k, v in run.manifest["spec"].items() if k in _SETTINGS})
+        self.leases = Leases(folder)
+        self.end = None if limits.time_budget_s is None else now_s() + limits.time_budget_s
+        self.failed = False
+        self.full: dict[tuple[str, str, int], int] = {}  # (model, task, seed) → smallest context without memory
+        for outcome in run.cells:
+            self._note(outcome)
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more is to be started."""
+        return (self.end is not None and now_s() >= self.end) or (self.failed and self.limits.fail_fast)
+
+    def through(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Measure what is free and wanted; what others hold is given back."""
+        for item in items:
+            if self.over:
+                return
+            with self.leases.hold(item.cell.key, item.round) as ours:
+                if not ours:
+                    yield item
+                    continue
+                before = self._outcome(item.cell)
+                self._note(before)
+                if self._wanted(item, before):
+                    self._measure(item)
+
+    def _outcome(self, cell: Cell) -> CellOutcome:
+        return read_cell(self.folder, self.manifest, cell.key)
+
+    def _wanted(self, item: _Item, outcome: CellOutcome) -> bool:
+        if item.after:
+            return any(one.round == item.round and one.attempt == item.after for one in outcome.rounds)
+        return any(one.round == item.round for one in wanted_rounds(outcome.rounds))
+
+    def _note(self, outcome: CellOutcome) -> None:
+        if outcome.status in _OOM and outcome.context is not None:
+            which = (outcome.model, outcome.task, outcome.seed)
+            self.full[which] = min(outcome.context, self.full.get(which, outcome.context))
+
+    def _measure(self, item: _Item) -> None:
+        cell, number = item.cell, item.round
+        for _ in range(1 + INFRA_RETRIES):
+            attempt = _claim_attempt(self.folder, cell.key, number)
+            self.report(cell, {"phase": "start", "round": number})
+            limit = self.full.get((cell.model, cell.task, cell.seed))
+            if limit is not None and cell.context is not None and limit < cell.context and not item.after:
+                why = f"larger than oom: there was no memory at context {limit:,}"
+                _write(self.folder, item, attempt, Death("skipped", why), "")
+            else:
+                self._attempt(item, attempt)
+            outcome = self._outcome(cell)
+            done = outcome.rounds[number - 1]
+            about = {
+                "status": done.status,
+                "reason": done.reason,
+                "facts": {k: done.facts[k] for k in _TOLD if k in done.facts},
+            }
+            self.report(cell, {"phase": "done", "round": number, **about})
+            self._note(outcome)
+            if done.status != "infra":
+                break
+        self.failed |= done.kind == "failed"
+
+    def _attempt(self, item: _Item, attempt: int) -> None:
+        """One process for one attempt; where it stored no result, a row says why."""
+        cell, number = item.cell, item.round
+        log = attempt_folder(self.folder, cell.key, number, attempt) / "log.txt"
+        request = {
+            "run_folder": str(self.folder.resolve()),
+            "spec": self.spec.as_json(),
+            "cell": asdict(cell),
+            "contexts": self.manifest["contexts"][cell.task],
+            "round": number,
+            "attempt": attempt,
+        }
+        where = place(self.spec.threads)
+        with waiting_on(where.parent):
+            death = measure(
+                request | {"placement": where.as_json()},
+                _environment(self.spec),
+                log,
+                temporary_folder(self.folder, cell.key, number, attempt),
+                lambda said: self.report(cell, {"round": number, **said}),
+                self.limits.cell_timeout_s,
+            )
+        known = self._outcome(cell).rounds[number - 1]
+        if known.attempt != attempt or not known.stored:
+            _write(self.folder, item, attempt, death, log.read_bytes()[-_LOG_TAIL:].decode("utf-8", "replace"))
+
+
+_SETTINGS = frozenset(field.name for field in fields(RunSpec))
+#: Of a worker's notes, what its parent is told; the rest is in the store.
+_TOLD = ("seconds",)
 
 
 def _claim_attempt(folder: Path, key: str, number: int) -> int:
@@ -121,7 +223,7 @@ def _claim_attempt(folder: Path, key: str, number: int) -> int:
             return attempt
 
 
-def _environment(spec: RunSpec) -> dict[str, str]:
+def _environment(spec: RunSpec) -> Mapping[str, str]:
     """Thread counts must be known before torch is loaded."""
     environment = dict(os.environ)
     if spec.threads:
@@ -130,64 +232,9 @@ def _environment(spec: RunSpec) -> dict[str, str]:
     return environment
 
 
-def _follow(pipe: IO[bytes], cell: Cell, report: Report, timeout_s: float) -> bool:
-    """Pass progress lines on until the worker closes its pipe; False where the time ran out."""
-    deadline = now_s() + timeout_s
-    rest = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(pipe, selectors.EVENT_READ)
-        while True:
-            if not selector.select(max(0.0, deadline - now_s())):
-                return False
-            data = os.read(pipe.fileno(), 65536)
-            if not data:
-                return True
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                try:
-                    report(cell, dict(json.loads(line)))
-                except ValueError:  # a library printed something; it is not progress
-                    continue
-
-
-def _interrupt(worker: subprocess.Popen[bytes]) -> None:
-    """Ctrl-C: let the worker save its training, then make sure that it is gone."""
-    worker.send_signal(signal.SIGINT)
-    try:
-        worker.wait(_GRACE_S)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        _end(worker)
-
-
-def _end(worker: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the whole process group, then SIGKILL."""
-    for sign, wait_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, sign)
-        try:
-            worker.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            continue
-        return
-
-
-def _settle(
-    folder: Path, cell: Cell, number: int, attempt: int, code: int, timed_out: bool, timeout_s: float, log: Path
-) -> None:
-    """Write the row of a worker that died without one."""
-    known = _outcome(folder, cell).rounds[number - 1]
-    if known.attempt == attempt and known.kind != "pending":
-        return
-    if timed_out:
-        status, reason = "timeout", f"no result after {timeout_s:g} s"
-    elif code == -signal.SIGKILL:
-        status, reason = "oom_host", "probable: the system killed the process (SIGKILL)"
-    elif code < 0:
-        status, reason = "crash", f"the process ended with {signal.Signals(-code).name}"
-    else:
-        status, reason = "error", f"the process ended with exit status {code} and no result"
-    tail = log.read_bytes()[-_LOG_TAIL:].decode("utf-8", "replace")
-    writer = EventWriter(folder, f"{cell.key[:16]}-{number}-{attempt}-parent")
-    who = {"cell": cell.key, "round": number, "attempt": attempt}
-    writer.write("failed", **who, status=status, reason=reason, log=tail)
+def _write(folder: Path, item: _Item, attempt: int, death: Death, log: str) -> None:
+    """Write the row of a process that ended without one, or that was never started."""
+    writer = EventWriter(folder, f"{item.cell.key[:16]}-{item.round}-{attempt}-parent")
+    who = {"cell": item.cell.key, "round": item.round, "attempt": attempt}
+    writer.write("failed", **who, status=death.status, reason=death.reason, log=log)
     writer.close()

@@ -10,17 +10,28 @@ from typing import Any
 from bdh_bench.errors import SpecError, StoreError
 from bdh_bench.measure.host import environment
 from bdh_bench.results.store import Run, check_run_id, create_run, list_runs, new_run_id, open_run
-from bdh_bench.runner.local import Report, run_cells
+from bdh_bench.runner.executor import Executor, Local
+from bdh_bench.runner.local import Limits, Report, sweep
 from bdh_bench.runner.plan import Plan
+from bdh_bench.runner.selection import Selection, choose
 from bdh_bench.runner.selftest import outcome as selftest
 
+#: A worker that vanished is started again so many times.
+_LOST_RETRIES = 3
 
-def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool) -> Path:
-    """The run folder for this plan: continued where the contract says so, else created. Raises SpecError, StoreError."""
+
+def prepare(plan: Plan, root: Path, run_id: str | None, resume: bool, selection: Selection | None = None) -> Path:
+    """The run folder for this plan: continued where the contract says so, else created. Raises SpecError, StoreError.
+
+    A finished run is continued where the selection has rounds of it measured again.
+    """
+    selection = selection or Selection()
     if run_id is None:
         for folder in reversed(list_runs(root)):
-            if _continues(folder, plan) and not open_run(folder).finished:
+            if _continues(folder, plan) and _has_work(folder, plan, selection):
                 return folder
+        if selection.only_failed:
+            raise SpecError(f"got --only-failed without a run of this request in {root} that has failed cells")
         run_id = new_run_id()
     folder = root / check_run_id(run_id)
     if (folder / "run.json").is_file():
@@ -59,10 +70,38 @@ def _continues(folder: Path, plan: Plan) -> bool:
     return same and {c.key for c in run.cells} == {c.key for c in plan.cells}
 
 
-def execute(plan: Plan, folder: Path, report: Report, timeout_s: float) -> Run:
-    """Run every round without a final row and read the run back."""
-    rounds = [(cell, number, plan.contexts[cell.task]) for cell, number in plan.rounds]
-    run_cells(folder, plan.spec, rounds, report, timeout_s)
+def _has_work(folder: Path, plan: Plan, selection: Selection) -> bool:
+    run = open_run(folder)
+    return not run.finished or bool(selection.again and choose(plan, run, selection))
+
+
+def execute(
+    plan: Plan,
+    folder: Path,
+    report: Report,
+    timeout_s: float,
+    limits: Limits | None = None,
+    selection: Selection | None = None,
+    executor: Executor | None = None,
+) -> Run:
+    """Run the chosen rounds (without a selection: every one that is missing) and read the run back. Raises StoreError.
+
+    ``timeout_s`` is that of a round where no ``limits`` are given.
+    """
+    limits = limits or Limits(timeout_s)
+    names = choose(plan, open_run(folder), selection or Selection())
+    engine = executor or Local(folder, {cell.key: cell for cell in plan.cells}, limits, report)
+    for _ in range(1 + _LOST_RETRIES if names else 0):
+        handle = engine.submit(names)
+        try:
+            while (state := engine.poll(handle)) == "running":
+                pass
+        except KeyboardInterrupt:
+            engine.cancel(handle)
+            raise
+        if state == "ended":
+            break
+    sweep(folder)  # also where there was nothing to do: the last parent may have been killed after its last row
     return open_run(folder)
 
 
@@ -73,10 +112,11 @@ def tally(run: Run) -> dict[str, int]:
 
 
 def exit_code(run: Run) -> int:
-    """0 all cells have a result; 6 a gate failed; 3 some failed; 5 nothing was measured."""
+    """0 all cells have a result; 6 a gate failed; 3 some failed or are missing still; 5 nothing was measured."""
     counts: dict[str, Any] = tally(run)
-    if counts["failed"] and not counts["ok"] and not counts["skipped"]:
+    without = len(run.cells) - counts["ok"] - counts["skipped"]
+    if run.cells and without == len(run.cells):
         return 5
     if any(cell.status == "gate_failed" for cell in run.cells):
         return 6
-    return 3 if counts["failed"] else 0
+    return 3 if without else 0

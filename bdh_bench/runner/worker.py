@@ -20,13 +20,13 @@ from typing import Any
 
 from bdh_bench import registry
 from bdh_bench.data.corpus import Corpus, open_corpus
-from bdh_bench.errors import BenchError, LawError, PositionLimitError
+from bdh_bench.errors import BenchError, LawError, PositionLimitError, StoreError
 from bdh_bench.measure.clock import now_s
 from bdh_bench.measure.placement import settled
 from bdh_bench.results.store import EventWriter, attempt_folder, measurement_body
 from bdh_bench.runner.state_curve import knots
 from bdh_bench.spec import ModelSpec, RunSpec, parse_model
-from bdh_bench.types import MEASURED_STATUSES, Arrays, Cell, Measurement, Scalar, TaskContext
+from bdh_bench.types import MEASURED_STATUSES, NOT_STORED_EXIT, Arrays, Cell, Measurement, Scalar, TaskContext
 
 
 def main() -> int:
@@ -36,12 +36,16 @@ def main() -> int:
     folder = Path(request["run_folder"])
     cell, spec = Cell(**request["cell"]), RunSpec.from_mapping(request["spec"])
     who: dict[str, Any] = {"cell": cell.key, "round": int(request["round"]), "attempt": int(request["attempt"])}
-    writer = EventWriter(folder, f"{cell.key[:16]}-{who['round']}-{who['attempt']}")
-    writer.write("started", **who)
-    files = attempt_folder(folder, cell.key, who["round"], who["attempt"])
-    outcome = _outcome(cell, spec, tuple(request["contexts"]), files, settled(request.get("placement")))
-    writer.write("result", **who, **outcome)
-    writer.close()
+    try:
+        writer = EventWriter(folder, f"{cell.key[:16]}-{who['round']}-{who['attempt']}")
+        writer.write("started", **who)
+        files = attempt_folder(folder, cell.key, who["round"], who["attempt"])
+        outcome = _outcome(cell, spec, tuple(request["contexts"]), files, settled(request.get("placement")))
+        writer.write("result", **who, **outcome)
+        writer.close()
+    except StoreError:  # a full disk is no property of the cell
+        traceback.print_exc()
+        return NOT_STORED_EXIT
     return 0
 
 
@@ -84,6 +88,8 @@ def _outcome(
         status, reason = "oom_cuda", _first_line(error)
     except MemoryError as error:
         status, reason = "oom_host", f"allocator: {_first_line(error)}"
+    except StoreError:
+        raise
     except BenchError as error:
         status, reason = "error", str(error)
     except Exception as error:  # whatever a model or task raises is a row, and its traceback is in the log
@@ -130,7 +136,11 @@ def _overall(measurements: list[Measurement]) -> tuple[str, str]:
         for m in measurements:
             if m.status == wanted:
                 return wanted, m.reason
-    if any(m.status in MEASURED_STATUSES for m in measurements):
+    measured = [m for m in measurements if m.status in MEASURED_STATUSES]
+    for m in measured:  # a mark on one number is a mark on its cell
+        if m.status != "ok":
+            return m.status, m.reason
+    if measured:
         return "ok", ""
     return measurements[0].status, measurements[0].reason
 
@@ -139,10 +149,16 @@ def _keep(item: Arrays, files: Path) -> None:
     import numpy as np
 
     partial = files / f".{item.name}.npz.partial"
-    with partial.open("xb") as file:
-        arrays: dict[str, Any] = dict(item.arrays)
-        np.savez_compressed(file, **arrays)
-    partial.replace(files / f"{item.name}.npz")
+    try:
+        with partial.open("xb") as file:
+            arrays: dict[str, Any] = dict(item.arrays)
+            np.savez_compressed(file, **arrays)
+        partial.replace(files / f"{item.name}.npz")
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write below {files}: {error.strerror or error}", "check the space on the disk"
+        ) from error
 
 
 def _results(
