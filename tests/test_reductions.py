@@ -176,7 +176,7 @@ def test_a_second_run_changes_nothing_but_times(run: Run, tmp_path: Path) -> Non
     volatile = ("run", "facts", "attempt")
     rows = [[{k: v for k, v in vars(r).items() if k not in volatile} for r in one.records] for one in (run, again)]
     assert rows[0] == rows[1]
-    for name in ("texts.npz", *(f"cells/{c.key[:16]}/0-1/{a}.npz" for c in run.cells for a in ("bits", "stream"))):
+    for name in ("texts.npz", *(f"cells/{c.files}/{a}.npz" for c in run.cells for a in ("bits", "stream"))):
         with np.load(run.path / name) as first, np.load(again.path / name) as second:
             assert first.files == second.files
             assert all(first[k].tobytes() == second[k].tobytes() for k in first.files)
