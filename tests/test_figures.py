@@ -41,7 +41,17 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figure]:
 
 
 def test_the_expected_figures_exist(figures: dict[str, Figure]) -> None:
-    assert set(figures) == {"quality", "memory", "peak", "prefill", "tpot", "pareto", "training"}
+    assert set(figures) == {
+        "quality",
+        "memory",
+        "peak",
+        "prefill",
+        "tpot",
+        "pareto",
+        "training",
+        "training-flops",
+        "training-seconds",
+    }
 
 
 def test_json_round_trip(figures: dict[str, Figure]) -> None:

@@ -127,8 +127,8 @@ def test_nothing_is_loaded_and_nothing_is_inline_code(tmp_path: Path) -> None:
 
 def test_every_static_picture_is_there_without_scripts(tmp_path: Path) -> None:
     text = small(tmp_path)
-    assert text.count("<svg ") == text.count("<figure ") == 7
-    assert text.count("<summary>Data</summary>") == 7
+    assert text.count("<svg ") == text.count("<figure ") == 9
+    assert text.count("<summary>Data</summary>") == 9
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
 

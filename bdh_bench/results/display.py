@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 GAP = "—"
+_DECIMAL = ("", "k", "M", "G", "T", "P", "E", "Z")
 _BYTES = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -21,6 +22,8 @@ def quantity(value: float | None, unit: str = "") -> str:
         return _bytes(value)
     if unit == "s":
         return _seconds(value)
+    if unit == "FLOP":
+        return _operations(value)
     return number(value, unit)
 
 
@@ -70,3 +73,11 @@ def _seconds(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / scale:.3g} {unit}"
     return "0 s" if value == 0 else f"{value / 1e-9:.3g} ns"
+
+
+def _operations(value: float) -> str:
+    """7.2e11 → 720 GFLOP."""
+    power = 0
+    while abs(value) >= 1000 and power < len(_DECIMAL) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {_DECIMAL[power]}FLOP"

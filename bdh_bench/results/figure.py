@@ -19,6 +19,8 @@ Kind = Literal["measured", "analytic", "extrapolated", "reference"]
 Scale = Literal["linear", "log", "ordinal"]
 
 
+#: Units that a number carries itself, with a prefix ("" has none).
+PREFIXED = ("", "byte", "s", "FLOP")
 #: Status of a dot that only ends a line before the next group of places.
 BREAK = "break"
 
@@ -36,13 +38,13 @@ class Axis:
     @property
     def title(self) -> str:
         """The label, with the unit where neither it nor the ticks say it."""
-        return f"{self.label} ({self.unit})" if self.unit not in ("", "byte", "s", "bit/byte", "share") else self.label
+        return f"{self.label} ({self.unit})" if self.unit not in (*PREFIXED, "bit/byte", "share") else self.label
 
     def read(self, x: float) -> str:
         """What a place on the axis says."""
         if self.scale == "ordinal":
             return dict(self.ticks).get(x, "")
-        return quantity(x, self.unit) if self.unit == "byte" else f"{x:,.0f}"
+        return quantity(x, self.unit) if self.unit in PREFIXED and self.unit else f"{x:,.0f}"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which pictures does a run make? Quality, bytes and time against context, quality against bytes, training; then those of recall.
+"""Which pictures does a run make? Quality, bytes and time against context, quality against bytes; then budgets, recall and training.
 
 Builders are pure: points → Figure. Models are called by their short names; what competes with nobody looks like a reference.
 """
@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from bdh_bench.metrics import METRICS
+from bdh_bench.results.activity_figures import activity_figures
 from bdh_bench.results.capacity_figures import capacity_figures
 from bdh_bench.results.claims import references_of
 from bdh_bench.results.contenders import CONTROLS, QUALITY, Facts
 from bdh_bench.results.depth import STEP, curves_of, slope_of
 from bdh_bench.results.display import shortened
 from bdh_bench.results.escaping import plain
-from bdh_bench.results.figure import Axis, Dot, Figure, Reference, styles_of
+from bdh_bench.results.figure import Axis, Figure, Reference, styles_of
 from bdh_bench.results.footprint_crossover import footprint_marks, state_marks
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, value_axis
 from bdh_bench.results.reach import shaded
@@ -25,9 +25,8 @@ from bdh_bench.results.speed import timed_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.sufficiency import sufficiency_of
 from bdh_bench.results.tables import Point, best_points, finite, row_names
+from bdh_bench.results.training_figures import training_figures
 
-#: Dots of a training curve, at the most.
-_CURVE = 48
 _NOISE = "Bands are 95 % intervals over rounds (fresh processes), from three on; marked values are in the data."
 
 
@@ -43,7 +42,8 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
         tpot_vs_depth(facts, shown),
         *capacity_figures(facts, shown),
         *recall_figures(facts, shown),
-        training_curves(facts),
+        *training_figures(facts),
+        *activity_figures(facts, shown),
     )
     return tuple(figure for figure in built if any(dot.y is not None for s in figure.series for dot in s.points))
 
@@ -161,38 +161,6 @@ def pareto(facts: Facts, points: Sequence[Point]) -> Figure:
         series,
         notes=("Down and to the left is better. Each path goes from short to long contexts.",),
     )
-
-
-def training_curves(facts: Facts) -> Figure:
-    """Bits per byte during training against bytes read; the seeds of a model share its style."""
-    curves: dict[tuple[str, int], list[Dot]] = {}
-    for cell in facts.run.cells:
-        curve = (cell.facts.get("training") or {}).get("curve") or []
-        dots = [dot for row in curve if (dot := _curve_dot(row))]
-        if dots:
-            thin = -(-len(dots) // _CURVE)
-            dots = dots if thin < 2 else [*dots[:-1:thin], dots[-1]]
-            curves.setdefault((cell.model, cell.seed), dots)  # cells of one model share one checkpoint
-    first = {model: seed for model, seed in reversed(curves)}
-    styles = styles_of((model, facts.family[model]) for model in dict.fromkeys(model for model, _ in curves))
-    series = tuple(
-        line_of(facts, model, f"{model}|{seed}", facts.label(model), styles[model], dots, first[model] == seed)
-        for (model, seed), dots in curves.items()
-    )
-    return Figure(
-        "training",
-        "Training",
-        alt_of("Training loss against bytes read", series, "bit/byte"),
-        Axis("bytes read", "", "linear"),
-        Axis("bits per byte", "bit/byte", "linear"),
-        series,
-        notes=("Loss on the training text as it was read; validation figures are in the table of models.",),
-    )
-
-
-def _curve_dot(row: Sequence[Any]) -> Dot | None:
-    x, y = (finite(row[0]), finite(row[1])) if isinstance(row, list | tuple) and len(row) >= 2 else (None, None)
-    return None if x is None else Dot(float(x), None if y is None else float(y))
 
 
 def _train_context(run: Run) -> int | None:

@@ -141,7 +141,7 @@ def value_axis(label: str, unit: str, scale: Scale, values: Iterable[float]) -> 
     found = sorted(values)
     if unit == "share":
         return share_axis(label)
-    if unit not in ("byte", "s") or not found:
+    if unit not in ("byte", "s", "FLOP") or not found:
         return Axis(label, unit, scale)
     if scale == "log" and found[-1] > 4 * found[0] > 0:
         return Axis(label, unit, "log", _power_ticks(found, unit))

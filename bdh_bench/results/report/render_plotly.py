@@ -12,7 +12,7 @@ from typing import Any
 
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.escaping import plotly as safe
-from bdh_bench.results.figure import Axis, Band, Dot, Figure, Mark, Reference, Series
+from bdh_bench.results.figure import PREFIXED, Axis, Band, Dot, Figure, Mark, Reference, Series
 
 _MARKERS = {"cross": "x"}
 _MARK_SYMBOLS = {
@@ -86,7 +86,7 @@ def _reach(upper: float | None, lower: float | None) -> float | None:
 def _hover(dot: Dot, figure: Figure) -> str:
     span = interval(dot.low, dot.high, figure.y.unit)
     status = "" if dot.status == "ok" else f" · {dot.status}"
-    x = figure.x.read(dot.x) + (f" {figure.x.unit}" if figure.x.unit not in ("", "byte") else "")
+    x = figure.x.read(dot.x) + (f" {figure.x.unit}" if figure.x.unit not in PREFIXED else "")
     y = quantity(dot.y, figure.y.unit) if dot.y is not None else GAP
     return safe(f"{figure.x.label} {x}: {y} {span}{status}")
 
