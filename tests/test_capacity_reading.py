@@ -131,6 +131,32 @@ def test_figures_show_throughput_and_where_one_stream_fails(run: Run) -> None:
         assert sum(len(t["x"]) for t in plot["data"] if t["name"] == "marks") == len(figures[name].marks)
 
 
+def test_the_map_holds_the_largest_batches_and_why_there_is_none(tmp_path: Path) -> None:
+    found = {
+        ("bdh@1m", 256): ((1, 8, 40), (42,)),
+        ("bdh@1m", 4096): ((1, 8), (9,)),
+        ("gpt2@1m", 256): ((1, 8, 600), (640,)),
+        ("gpt2@1m", 4096): ((), (1,)),
+        ("mamba@1m", 256): ((1, 8), (9,)),
+    }
+    run = _run(tmp_path, found)
+    figure = next(figure for figure in figures_of(run, points_of(run)) if figure.id == "streams-map")
+    said = {
+        (heat.label, figure.x.read(cell.x)): (cell.value, cell.text) for heat in figure.heats for cell in heat.cells
+    }
+    assert said == {
+        ("bdh", "256"): (40, "40"),
+        ("bdh", "4k"): (8, "8"),
+        ("gpt2", "256"): (600, "600"),
+        ("gpt2", "4k"): (0, "0"),  # measured: not even one
+        ("mamba", "256"): (8, "8"),
+        ("mamba", "4k"): (None, "not run"),
+    }
+    shades = {cell.value: cell.shade for heat in figure.heats for cell in heat.cells}
+    assert (shades[600], shades[0], shades[None]) == (1, 0, None)
+    assert 0 < float(shades[8] or 0) < float(shades[40] or 0) < 1
+
+
 def test_the_short_form_of_the_budget(cli: Callable[..., tuple[int, str, str]]) -> None:
     tasks = parse_models("capacity,memory,latency:steps=3")
     assert [str(t) for t in give_bytes(tasks, "budget", "2GiB")] == [

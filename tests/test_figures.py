@@ -15,19 +15,24 @@ from synthetic_run import write_run
 from bdh_bench.results.contenders import Facts
 from bdh_bench.results.figure import (
     FAMILY_STYLE,
+    SHADES,
     Axis,
     Band,
+    Cell,
     Dot,
     Figure,
+    Heat,
     Mark,
     Reference,
     Series,
     from_json,
+    ink_on,
     styles_of,
     to_json,
 )
 from bdh_bench.results.figures import figures_of
 from bdh_bench.results.reach import BEYOND, shaded_places
+from bdh_bench.results.report.page import figure_table
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
 from bdh_bench.results.store import Run
@@ -94,6 +99,71 @@ def whole() -> Figure:
     )  # fmt: skip
 
 
+def mapped() -> Figure:
+    """Two models on one map; one square has no value, one is truly 0."""
+    cells = (
+        Cell(0, 2, 40.0, "forty", 1.0),
+        Cell(1, 2, 0.0, "zero", 0.0),
+        Cell(0, 1, None, "crash", None, "crash: why"),
+        Cell(1, 1, 5.0, "five", 0.4),
+    )
+    heats = (Heat("m", "model", cells, "model"), Heat("o", "other", (Cell(0, 0, 7.0, "seven", 0.5),), "other"))
+    x, y = (Axis(name, "", "ordinal", ((0.0, f"{name}0"), (1.0, f"{name}1"), (2.0, f"{name}2"))) for name in "xy")
+    return Figure("mapped", "Mapped", "squares", x, y, (), heats=heats, z="streams", height=0.5)
+
+
+def test_both_renderers_draw_every_square() -> None:
+    figure = mapped()
+    svg, plot = to_svg(figure), to_plotly(figure)
+    maps = [trace for trace in plot["data"] if trace["type"] == "heatmap"]
+    assert [(m["x"], m["y"], m["z"]) for m in maps] == [
+        ([0, 1], [1, 2], [[None, 0.4], [1.0, 0.0]]),
+        ([0], [0], [[0.5]]),
+    ]
+    written = {
+        (x, y): t
+        for s in plot["data"]
+        if s["type"] == "scatter"
+        for x, y, t in zip(s["x"], s["y"], s["text"], strict=True)
+    }
+    assert written == {(cell.x, cell.y): cell.text for heat in figure.heats for cell in heat.cells}
+    hover = [text for trace in plot["data"] for text in trace.get("hovertext", ())]
+    assert "x x0, y1: crash: why" in hover
+    assert "x x0, y2: streams forty" in hover
+    assert {trace["meta"] for trace in plot["data"]} == {"model", "other"}
+    assert [svg.count(f'id="mapped-heat-{i}"') for i in range(3)] == [1, 1, 0]
+    assert svg.count('id="mapped-gap-') == 1
+    assert 'id="mapped-gap-0-2"' in svg
+    assert all(f">{cell.text}<" in svg for heat in figure.heats for cell in heat.cells)
+    assert svg.count("fill: #fee838") == 1  # the most
+    assert "<image" not in svg
+
+
+def test_maps_survive_json_and_stand_in_their_table() -> None:
+    figure = mapped()
+    assert from_json(json.loads(json.dumps(to_json(figure), allow_nan=False))) == figure
+    table = figure_table(figure)
+    assert table.columns == ("series", "y", "x", "streams", "status")
+    assert [tuple(entry.text for entry in row) for row in table.rows] == [
+        ("model", "y2", "x0", "forty", "ok"),
+        ("model", "y2", "x1", "zero", "ok"),
+        ("model", "y1", "x0", "—", "crash: why"),
+        ("model", "y1", "x1", "five", "ok"),
+        ("other", "y0", "x0", "seven", "ok"),
+    ]
+
+
+def test_writing_stands_out_on_every_shade() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for i, shade in enumerate(SHADES):
+        low, high = sorted(map(luminance, (shade, ink_on(i / (len(SHADES) - 1)))))
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
 def test_both_renderers_draw_everything(figures: dict[str, Figure]) -> None:
     for figure in (*figures.values(), whole()):
         svg, plot = to_svg(figure), to_plotly(figure)
@@ -129,7 +199,7 @@ def test_both_renderers_draw_everything(figures: dict[str, Figure]) -> None:
 def test_plotly_accepts_the_dict(figures: dict[str, Figure]) -> None:
     from plotly.graph_objects import Figure as PlotlyFigure
 
-    for figure in figures.values():
+    for figure in (*figures.values(), mapped()):
         PlotlyFigure(to_plotly(figure))
 
 

@@ -332,3 +332,44 @@ def test_a_page_of_many_tasks_stays_small(tmp_path: Path) -> None:
     run = made(tmp_path, seeds=3, recall=recall(), induction=induction(0.95), repeated_segment=repeated)
     run = with_streams(run, dict.fromkeys(("bdh", "llama", "mamba", "yardstick"), 2.0))
     assert len(render(content_of(run)).encode()) < 800_000  # four models; ten have 1.2 MB
+
+
+# -- needles -----------------------------------------------------------------------------------------------------------
+
+
+def needle(family: str) -> Iterator[Measurement]:
+    """Shares of depth and length that differ everywhere; one family stops at the longer text."""
+    for length in (256, 1024):
+        if family == "llama" and length == 1024:
+            yield Measurement("needle_rank_accuracy", None, length, status="unsupported", reason="position limit")
+            continue
+        for depth in (0, 50, 100):
+            share = depth / 200 + (0.25 if length == 256 else 0.0) + (0.125 if family == "bdh" else 0.0)
+            axes = {"depth_percent": depth}
+            yield Measurement(
+                "needle_rank_accuracy", share, length, axes=axes, weight=40, metric_id=f"n{length},{depth}"
+            )
+
+
+def test_the_map_of_needles_holds_every_depth_and_length(tmp_path: Path) -> None:
+    run = made(tmp_path, needle=needle)
+    figure = next(f for f in figures_of(run, points_of(run)) if f.id == "needle-map")
+    for heat in figure.heats:
+        seen = {(figure.y.read(cell.y), figure.x.read(cell.x)): cell for cell in heat.cells}
+        family = heat.label
+        assert set(seen) == {(f"{family} · {d} %", x) for d in (0, 50, 100) for x in ("256", "1k")}
+        for (row, x), cell in seen.items():
+            depth = int(row.split("· ")[1].split()[0])
+            if family == "llama" and x == "1k":
+                assert (cell.value, cell.shade, cell.text) == (None, None, "stopped")
+                assert cell.status == "unsupported: position limit"
+            else:
+                share = depth / 200 + (0.25 if x == "256" else 0.0) + (0.125 if family == "bdh" else 0.0)
+                assert cell.value == pytest.approx(share)
+                assert cell.shade == pytest.approx(share, abs=1e-3)
+                assert cell.text == f"{share:.2f}"
+    assert [heat.model for heat in figure.heats][:3] == ["bdh", "llama", "mamba"]
+    assert from_json(json.loads(json.dumps(to_json(figure), allow_nan=False))) == figure
+    places = [cell.y for heat in figure.heats for cell in heat.cells if cell.x == 0]
+    assert places == sorted(places, reverse=True)
+    assert len(set(places)) == len(places)

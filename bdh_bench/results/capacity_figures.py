@@ -10,18 +10,19 @@ from dataclasses import replace
 
 from bdh_bench.results.capacity import ALONE, FOOTPRINT, STREAMS, TOGETHER
 from bdh_bench.results.contenders import Facts
-from bdh_bench.results.display import quantity, shortened, tick
+from bdh_bench.results.display import count, quantity, shortened, tick
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import Figure, Mark, Reference
+from bdh_bench.results.heat_maps import Row, Scored, heat_map
 from bdh_bench.results.lines import Upwards, against_context
-from bdh_bench.results.tables import Point, finite
+from bdh_bench.results.tables import Point, finite, row_names
 
 _ROUND = "Each batch was timed in one process: no ranking follows."
 
 
 def capacity_figures(facts: Facts, points: Sequence[Point]) -> tuple[Figure, ...]:
     """Throughput, streams and the footprint of one stream against context; without points, figures without lines."""
-    return throughput(facts, points), streams(facts, points), one_stream(facts, points)
+    return throughput(facts, points), streams(facts, points), streams_map(facts, points), one_stream(facts, points)
 
 
 def throughput(facts: Facts, points: Sequence[Point]) -> Figure:
@@ -39,6 +40,18 @@ def streams(facts: Facts, points: Sequence[Point]) -> Figure:
     notes = [f"The largest batch whose process stayed within {_budget(points)}; which ones did not is in the tables."]
     y: Upwards = ("streams", "stream", "log")
     return against_context(facts, "streams", "Streams within a memory budget", chosen, y, (), notes)
+
+
+def streams_map(facts: Facts, points: Sequence[Point]) -> Figure:
+    """The same streams as a map: a row per model and budget, a column per context."""
+    chosen = [point for point in points if point.metric == STREAMS]
+    names = row_names(chosen, facts.names)
+    notes = (
+        f"The largest batch within {_budget(points)}. Yellow is more, blue is fewer; hatched is no value, with why.",
+    )
+    z = Scored("streams", count, "log")
+    rows = [Row(p.model, names[p], p.task, "", p) for p in chosen]
+    return heat_map(facts, "streams-map", "Largest batch by model and context", rows, z, "model", notes)
 
 
 def one_stream(facts: Facts, points: Sequence[Point]) -> Figure:

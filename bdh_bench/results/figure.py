@@ -108,8 +108,48 @@ class Band:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """One square of a map, one wide and one high: its value as it is written in it, and its ``shade`` from 0 (least) to 1 (most).
+
+    Without a value there is no shade: it is hatched, ``text`` is a word for why, and ``status`` says it all.
+    """
+
+    x: float
+    y: float
+    value: float | None
+    text: str
+    shade: float | None
+    status: str = "ok"
+
+
+@dataclass(frozen=True)
+class Heat:
+    """The squares of one model (short name ``model``): a whole rectangle of neighbouring places."""
+
+    key: str
+    label: str
+    cells: tuple[Cell, ...]
+    model: str = ""
+
+    @property
+    def columns(self) -> tuple[float, ...]:
+        """Places along x, from left to right."""
+        return tuple(sorted({cell.x for cell in self.cells}))
+
+    @property
+    def rows(self) -> tuple[float, ...]:
+        """Places along y, from below."""
+        return tuple(sorted({cell.y for cell in self.cells}))
+
+    def shades(self) -> list[list[float | None]]:
+        """A row per place along y, a column per place along x."""
+        at = {(cell.x, cell.y): cell.shade for cell in self.cells}
+        return [[at.get((x, y)) for x in self.columns] for y in self.rows]
+
+
+@dataclass(frozen=True)
 class Figure:
-    """One picture. ``alt`` says in words what it shows."""
+    """One picture. ``alt`` says in words what it shows, ``z`` what a square of a map is; ``height`` is in usual heights."""
 
     id: str
     title: str
@@ -121,6 +161,15 @@ class Figure:
     marks: tuple[Mark, ...] = ()
     bands: tuple[Band, ...] = ()
     notes: tuple[str, ...] = ()
+    heats: tuple[Heat, ...] = ()
+    z: str = ""
+    height: float = 1.0
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no value to draw."""
+        lines = (dot.y for line in self.series for dot in line.points)
+        return all(value is None for value in (*lines, *(cell.value for heat in self.heats for cell in heat.cells)))
 
 
 def to_json(figure: Figure) -> dict[str, Any]:
@@ -146,6 +195,9 @@ def from_json(values: Mapping[str, Any]) -> Figure:
             "marks": tuple(Mark(**raw) for raw in values["marks"]),
             "bands": tuple(Band(**raw) for raw in values["bands"]),
             "notes": tuple(values["notes"]),
+            "heats": tuple(
+                Heat(**{**raw, "cells": tuple(Cell(**cell) for cell in raw["cells"])}) for raw in values["heats"]
+            ),
         }
     )
 
@@ -163,6 +215,8 @@ COLORS = {
     "yellow": "#C9B800",  # darkened: the original vanishes on white
     "grey": "#808080",
 }
+#: From least to most, for every eye: nine stops of cividis (Nuñez, Anderton and Renslow, 2018).
+SHADES = ("#00224e", "#1a386f", "#434e6c", "#61656f", "#7d7c78", "#9b9476", "#bcae6c", "#dec958", "#fee838")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "pentagon")
 DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 #: How whatever competes with nobody is drawn.
@@ -178,6 +232,11 @@ FAMILY_STYLE: dict[str, tuple[str, str, str]] = {
     "lstm": (COLORS["yellow"], "star", "longdash"),
     "toy": (COLORS["grey"], "pentagon", "dot"),
 }
+
+
+def ink_on(shade: float) -> str:
+    """The colour of writing that stands out on a shade."""
+    return "#ffffff" if shade < 0.5 else "#000000"
 
 
 def styles_of(names: Iterable[tuple[str, str]]) -> dict[str, tuple[str, str, str]]:

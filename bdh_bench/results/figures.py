@@ -45,7 +45,7 @@ def figures_of(run: Run, points: Sequence[Point]) -> tuple[Figure, ...]:
         *training_figures(facts),
         *activity_figures(facts, shown),
     )
-    return tuple(figure for figure in built if any(dot.y is not None for s in figure.series for dot in s.points))
+    return tuple(figure for figure in built if not figure.empty)
 
 
 def quality_vs_context(facts: Facts, points: Sequence[Point]) -> Figure:

@@ -17,6 +17,7 @@ from bdh_bench.results.contenders import TRANSFORMER, YARDSTICK, Facts
 from bdh_bench.results.display import count, number, tick
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.figure import BREAK, Axis, Dot, Figure, Mark, Reference, styles_of
+from bdh_bench.results.heat_maps import Row, Scored, heat_map
 from bdh_bench.results.lines import Upwards, against_context, alt_of, dot_of, line_of, share_axis, value_axis
 from bdh_bench.results.reach import shaded, shaded_places
 from bdh_bench.results.reductions import POSITION, RECALL, derived_records
@@ -43,7 +44,7 @@ def recall_figures(facts: Facts, points: Sequence[Point]) -> Iterator[Figure]:
             yield recall_by_state(facts, f"recall-state{suffix}", task, own, note)
             yield recall_by_pairs(facts, f"recall-pairs{suffix}", task, own, note)
         yield over_length(facts, f"{metric.partition('_')[0]}-length{suffix}", task, metric, own, note)
-    for metric, build in ((_GAIN, repeat_gain), (_NEEDLE, needles)):
+    for metric, build in ((_GAIN, repeat_gain), (_NEEDLE, needles), (_NEEDLE, needle_map)):
         tasks = dict.fromkeys(p.task for p in points if p.metric == metric)
         for number_, task in enumerate(tasks):
             own = [p for p in points if p.task == task and p.metric == metric and _drawn(facts, p.model)]
@@ -303,3 +304,19 @@ def needles(facts: Facts, points: Sequence[Point], suffix: str) -> Figure:
     chance = (Reference("chance 0.1", 0.1, "dot"),)
     figure = against_context(facts, f"needle{suffix}", "Needles found against context", means, y, chance, notes)
     return shaded(facts, figure, (p.model for p in means))
+
+
+def needle_map(facts: Facts, points: Sequence[Point], suffix: str) -> Figure:
+    """The same needles by depth and length, a block of rows per model."""
+    rows = [
+        Row(p.model, facts.label(p.model), p.task, "" if depth is None else f"{depth} %", p)
+        for p in points
+        for depth in [dict(p.axes).get("depth_percent")]
+    ]
+    notes = (
+        "Depth is where the key is hidden, 0 % at the beginning. Yellow is more, blue is fewer, chance is 0.1; hatched is no value.",
+    )
+    z = Scored("share of needles ranked first", lambda value: f"{value:.2f}", "share")
+    return heat_map(
+        facts, f"needle-map{suffix}", "Needles found by depth and length", rows, z, "depth of the key", notes
+    )

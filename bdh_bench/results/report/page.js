@@ -79,6 +79,7 @@
     const figure = figures[place.dataset.figure];
     const picture = place.parentElement.querySelector(".static");
     place.hidden = false;
+    place.style.height = `${figure.layout.height}px`;
     try {
       await Plotly.react(place, traces(figure.data), dressed(figure.layout), settings);
       picture.hidden = true;
@@ -108,7 +109,7 @@
     const step = steps[event.key];
     if (!step) return;
     event.preventDefault();
-    const lines = place.data.map((line, number) => ({ line, number })).filter(({ line }) => line.visible === true && line.name !== "marks");
+    const lines = place.data.map((line, number) => ({ line, number })).filter(({ line }) => line.visible === true && line.name !== "marks" && line.text);
     if (!lines.length) return;
     const [row, dot] = (place.dataset.at ?? "0,-1").split(",").map(Number);
     const nextRow = (row + step[0] + lines.length) % lines.length;
@@ -116,7 +117,7 @@
     const nextDot = Math.min(Math.max(dot + step[1], 0), line.x.length - 1);
     place.dataset.at = `${nextRow},${nextDot}`;
     Plotly.Fx.hover(place, [{ curveNumber: number, pointNumber: nextDot }]);
-    document.getElementById("spoken").textContent = `${line.name}: ${line.text[nextDot]}`;
+    document.getElementById("spoken").textContent = `${line.name}: ${(line.hovertext ?? line.text)[nextDot]}`;
   }
 
   // -- tables -----------------------------------------------------------------------------------------------------

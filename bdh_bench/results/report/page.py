@@ -228,6 +228,8 @@ def _asset(name: str) -> str:
 
 def figure_table(figure: Figure) -> Table:
     """The data behind a picture; of a long line every n-th dot, and the last."""
+    if figure.heats:
+        return _map_table(figure)
     rows = tuple(
         tuple(
             Entry(text) for text in (line.label, figure.x.read(dot.x), quantity(dot.y, figure.y.unit), span, dot.status)
@@ -240,6 +242,25 @@ def figure_table(figure: Figure) -> Table:
     return Table(
         f"data-{figure.id}", figure.title, "", ("series", figure.x.label, figure.y.label, "95 %", "status"), rows
     )
+
+
+def _map_table(figure: Figure) -> Table:
+    rows = tuple(
+        tuple(
+            Entry(text)
+            for text in (
+                heat.label,
+                figure.y.read(c.y),
+                figure.x.read(c.x),
+                c.text if c.value is not None else GAP,
+                c.status,
+            )
+        )
+        for heat in figure.heats
+        for c in heat.cells
+    )
+    columns = ("series", figure.y.label, figure.x.label, figure.z, "status")
+    return Table(f"data-{figure.id}", figure.title, "", columns, rows)
 
 
 def _thinned(dots: Sequence[Dot]) -> Sequence[Dot]:

@@ -14,7 +14,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from bdh_bench.results.escaping import plain
-from bdh_bench.results.figure import Axis, Figure, Series
+from bdh_bench.results.figure import SHADES, Axis, Figure, Heat, Series, ink_on
 
 _INK, _GRID = "#333333", "#dddddd"
 _MARKERS = {
@@ -57,7 +57,7 @@ def to_picture(figure: Figure, format_: str) -> bytes:
     dates = {"svg": ("Date",), "pdf": ("CreationDate", "ModDate")}.get(format_, ())
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": figure.id, "pdf.fonttype": 42}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
-        canvas = Canvas(figsize=(7.2, 4.4), layout="constrained")
+        canvas = Canvas(figsize=(7.2, 4.4 * figure.height), layout="constrained")
         _draw(canvas.subplots(), figure)
         buffer = io.BytesIO()
         canvas.savefig(buffer, format=format_, dpi=200, metadata=dict.fromkeys(dates))
@@ -72,7 +72,7 @@ def to_svg(figure: Figure) -> str:
 
     with mpl.rc_context({**_SETTINGS, "svg.hashsalt": figure.id}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # text stays text: the reader's fonts draw it
-        canvas = Canvas(figsize=(7.2, 4.4), layout="constrained")
+        canvas = Canvas(figsize=(7.2, 4.4 * figure.height), layout="constrained")
         FigureCanvasSVG(canvas)
         axes = canvas.subplots()
         _draw(axes, figure)
@@ -92,6 +92,8 @@ def _draw(axes: Any, figure: Figure) -> None:
         axes.annotate(band.label, place, xycoords=("data", "axes fraction"), va="top", fontsize=7.5, **offset)
     for number, line in enumerate(figure.series):
         _draw_series(axes, line, number)
+    for number, heat in enumerate(figure.heats):
+        _draw_heat(axes, heat, number)
     for number, reference in enumerate(figure.references):
         axes.axhline(
             reference.value, color="#808080", linestyle=_DASHES[reference.dash], linewidth=1, gid=f"reference-{number}"
@@ -119,7 +121,8 @@ def _draw(axes: Any, figure: Figure) -> None:
         axes.annotate(mark.label, (mark.x, mark.y), xytext=(6, 6), textcoords="offset points", fontsize=7.5)
     _set_axis(axes.xaxis, axes.set_xlabel, figure.x)
     _set_axis(axes.yaxis, axes.set_ylabel, figure.y)
-    axes.grid(True, linewidth=0.5)
+    if not figure.heats:
+        axes.grid(True, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     if figure.series:
         axes.figure.legend(
@@ -155,6 +158,23 @@ def _draw_series(axes: Any, line: Series, number: int) -> None:
         axes.fill_between(*ends, color=line.color, alpha=0.15, linewidth=0, gid=f"ribbon-{number}")
     elif bars:
         axes.vlines([b[0] for b in bars], [b[2] for b in bars], [b[3] for b in bars], color=line.color, linewidth=0.8)
+
+
+def _draw_heat(axes: Any, heat: Heat, number: int) -> None:
+    """Squares one wide and one high; those without a value are hatched."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Rectangle
+
+    edges = [[places[0] - 0.5, *(place + 0.5 for place in places)] for places in (heat.columns, heat.rows)]
+    shades = [[math.nan if shade is None else shade for shade in row] for row in heat.shades()]
+    colors = LinearSegmentedColormap.from_list("shades", SHADES)
+    axes.pcolormesh(*edges, shades, cmap=colors, vmin=0, vmax=1, edgecolors="none", gid=f"heat-{number}")
+    for at, cell in enumerate(heat.cells):
+        if cell.shade is None:
+            square = {"fill": False, "edgecolor": "#999999", "linewidth": 0, "hatch": "////"}
+            axes.add_patch(Rectangle((cell.x - 0.5, cell.y - 0.5), 1, 1, gid=f"gap-{number}-{at}", **square))
+        ink = _INK if cell.shade is None else ink_on(cell.shade)
+        axes.text(cell.x, cell.y, cell.text, color=ink, fontsize=7.5, ha="center", va="center")
 
 
 def _legend(line: Series) -> str:

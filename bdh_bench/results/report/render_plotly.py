@@ -1,19 +1,33 @@
 """How does a figure become Plotly data and layout? A plain dict; plotly itself is not imported.
 
-Only scatter traces: they are drawn as SVG and need no script built from strings, which the page forbids. Colours of text
+Only scatter traces and heat maps: they are drawn as SVG and need no script built from strings, which the page forbids. Colours of text
 and grid are left to the page, which knows whether it is dark.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bdh_bench.results.display import GAP, interval, quantity
 from bdh_bench.results.escaping import plotly as safe
-from bdh_bench.results.figure import PREFIXED, Axis, Band, Dot, Figure, Mark, Reference, Series
+from bdh_bench.results.figure import (
+    PREFIXED,
+    SHADES,
+    Axis,
+    Band,
+    Cell,
+    Dot,
+    Figure,
+    Heat,
+    Mark,
+    Reference,
+    Series,
+    ink_on,
+)
 
+_HEIGHT = 448  # pixels
 _MARKERS = {"cross": "x"}
 _MARK_SYMBOLS = {
     "stopped": "line-ns-open",
@@ -27,6 +41,7 @@ def to_plotly(figure: Figure) -> dict[str, Any]:
     """``{"data": …, "layout": …}`` for Plotly.newPlot."""
     data = [_trace(line, figure) for line in figure.series]
     data += [ribbon for line in figure.series if line.ribbon and (ribbon := _ribbon(line))]
+    data += [trace for heat in figure.heats for trace in _map(heat, figure)]
     if figure.marks:
         data.append(_mark_trace(figure.marks))
     return {"data": data, "layout": _layout(figure)}
@@ -79,6 +94,45 @@ def _ribbon(line: Series) -> dict[str, Any]:
     }
 
 
+def _map(heat: Heat, figure: Figure) -> Iterator[dict[str, Any]]:
+    """The shades, what is written on them, and what is written where there is none (in the ink of the page)."""
+    about = {"name": safe(heat.label), "meta": safe(heat.model), "showlegend": False}
+    yield {
+        "type": "heatmap",
+        **about,
+        "x": list(heat.columns),
+        "y": list(heat.rows),
+        "z": heat.shades(),
+        "zmin": 0,
+        "zmax": 1,
+        "colorscale": [[i / (len(SHADES) - 1), color] for i, color in enumerate(SHADES)],
+        "showscale": False,
+        "xgap": 2,
+        "ygap": 2,
+        "hoverinfo": "skip",
+    }
+    for valued in (True, False):
+        cells = [cell for cell in heat.cells if (cell.shade is not None) == valued]
+        if cells:
+            inks = [ink_on(cell.shade) for cell in cells if cell.shade is not None]
+            yield {
+                "type": "scatter",
+                "mode": "text",
+                **about,
+                "x": [cell.x for cell in cells],
+                "y": [cell.y for cell in cells],
+                "text": [safe(cell.text) for cell in cells],
+                "textfont": {"size": 11, **({"color": inks} if inks else {})},
+                "hovertext": [_hover_cell(cell, figure) for cell in cells],
+                "hovertemplate": "%{hovertext}<extra>%{fullData.name}</extra>",
+            }
+
+
+def _hover_cell(cell: Cell, figure: Figure) -> str:
+    what = f"{figure.z} {cell.text}" if cell.value is not None else cell.status
+    return safe(f"{figure.x.label} {figure.x.read(cell.x)}, {figure.y.read(cell.y)}: {what}")
+
+
 def _reach(upper: float | None, lower: float | None) -> float | None:
     return None if upper is None or lower is None else max(0.0, upper - lower)
 
@@ -112,14 +166,15 @@ def _mark_trace(marks: Sequence[Mark]) -> dict[str, Any]:
 
 def _layout(figure: Figure) -> dict[str, Any]:
     return {
-        "xaxis": _axis(figure.x),
-        "yaxis": _axis(figure.y),
+        "xaxis": _axis(figure.x, grid=not figure.heats),
+        "yaxis": _axis(figure.y, grid=not figure.heats),
         "shapes": [*map(_line, figure.references), *map(_shade, figure.bands)],
         "annotations": [
             *(_caption(reference, figure.y) for reference in figure.references),
             *(_heading(band, figure.x) for band in figure.bands),
         ],
-        "showlegend": True,
+        "showlegend": bool(figure.series),
+        "height": round(_HEIGHT * figure.height),
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         "margin": {"l": 64, "r": 16, "t": 16, "b": 48},
         "paper_bgcolor": "rgba(0,0,0,0)",
@@ -129,12 +184,13 @@ def _layout(figure: Figure) -> dict[str, Any]:
     }
 
 
-def _axis(axis: Axis) -> dict[str, Any]:
+def _axis(axis: Axis, grid: bool) -> dict[str, Any]:
     out: dict[str, Any] = {
         "title": {"text": safe(axis.title)},
         "type": "linear" if axis.scale == "ordinal" else axis.scale,
         "automargin": True,
         "zeroline": False,
+        "showgrid": grid,
     }
     if axis.span:
         out["range"] = list(axis.span)
