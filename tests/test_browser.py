@@ -15,8 +15,13 @@ from typing import Any
 
 import pytest
 from synthetic_run import write_run
+from test_capacity_calculator import with_probes
 
+from bdh_bench.results.capacity_calculator import known_of
+from bdh_bench.results.capacity_planning import Wish
+from bdh_bench.results.contenders import Facts
 from bdh_bench.results.report.write import write_report
+from bdh_bench.results.tables import points_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 try:
@@ -262,6 +267,59 @@ def test_readable_in_time(reader: Reader) -> None:
     """Until the answer is painted; on a machine that others use, so several times what is asked of a quiet one."""
     painted = reader.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     assert painted < 6000
+
+
+@pytest.fixture(scope="module")
+def with_grid(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("capacity")
+    run = with_probes(write_run(folder, crash=None))
+    return run, Path(write_report(run, folder / "report.html", static=True)["html"])
+
+
+def test_the_calculator_says_what_the_planner_says(chromium: Any, with_grid: tuple[Any, Path]) -> None:
+    """Measured, interpolated and by formula, with and without latency, price and bandwidth."""
+    run, written = with_grid
+    known = known_of(Facts(run, points_of(run)))
+    context = chromium.new_context(offline=True)
+    page = context.new_page()
+    page.goto(written.as_uri())
+    assert page.locator("#capacity-fixed:visible").count() == 0
+    seen = set()
+    for memory, tokens, latency, price, bandwidth in (
+        (0.375, 512, "", "", ""),
+        (0.375, 300, "4", "2.5", ""),
+        (0.4, 128, "", "1", "20"),
+        (16, 2048, "", "2", "50"),
+        (0.5, 200, "7", "3", "40"),
+        (4, 100_000, "8", "2", "100"),
+        (0.003, 128, "", "", "10"),
+        (0.29, 700, "", "", "30"),
+    ):
+        wishes = {"memory": memory, "context": tokens, "latency": latency, "price": price, "bandwidth": bandwidth}
+        for name, value in wishes.items():
+            page.fill(f"#calculator [name={name}]", str(value))
+        wish = Wish(
+            round(memory * 2**30), tokens, *(float(v) * by if v else None for v, by in ((latency, 1e-3), (price, 1), (bandwidth, 1e9)))
+        )  # fmt: skip
+        rows = page.locator("#capacity-answers tbody tr").evaluate_all(
+            "rows => rows.map(r => [...r.cells].map(c => [c.dataset.value ?? '', c.textContent]))"
+        )
+        assert len(rows) == len(known) == 3
+        for one, row in zip(known, rows, strict=True):
+            said = one.capacity(wish)
+            assert row[0][1] == one.label
+            expected = (said.streams, said.tokens_per_s, said.step_s and said.step_s * 1e3, said.cost_per_million)
+            for (value, text), number in zip(row[1:5], expected, strict=True):
+                assert (float(value) if value else None) == (
+                    pytest.approx(number, rel=1e-9) if number is not None else None
+                ), (wish, one.label, text)
+            if said.streams is not None:
+                assert row[1][1].endswith(f"({said.streams_by})")
+            assert row[5][1].split(":")[0].split(" (")[0] == said.limit.split(":")[0]
+            seen.add((said.streams_by, said.limit.split(":")[0]))
+    assert {("measured", "memory"), ("measured", "latency"), ("formula", "memory"), ("formula", "latency"),
+            ("formula", "position limit"), ("not measured", "unknown")} <= seen  # fmt: skip
+    context.close()
 
 
 def test_hostile_names_run_nothing(chromium: Any, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from bdh_bench.results.tables import finite
 
 Basis = Literal["measured", "formula", "not measured"]
 _FOOTPRINT, _STEP = "peak_footprint_bytes", "tpot_s"
+_MEASURED = ((_FOOTPRINT, "probe_footprint_bytes"), (_STEP, "probe_step_s"))
 _ROUNDING = 1 + 1e-9  # a value read at a measured place is what was measured
 #: (batch, context) → value
 Grid = Mapping[tuple[int, int], float]
@@ -73,13 +74,27 @@ class Capacity:
     needs: Needs | None = None
 
 
+@dataclass(frozen=True)
+class Grids:
+    """What a run measured of one model, by batch and context: footprints, median steps, and 95th percentiles of single steps."""
+
+    footprints: Grid
+    times: Grid
+    tails: Grid
+
+
 def capacity_of(needs: Needs, wish: Wish, run: Run | None = None) -> Capacity:
     """By measurement where the run has it, else by formula."""
+    return capacity_from(needs, wish, grids_of(run, needs.model) if run else None)
+
+
+def capacity_from(needs: Needs, wish: Wish, grids: Grids | None) -> Capacity:
+    """By measurement where the grids have it, else by formula."""
     limit = needs.max_positions
     if limit is not None and wish.context > limit:
         why = f"position limit: {count(limit)} tokens"
         return Capacity(needs.model, 0, "formula", None, "formula", None, why, needs=needs)
-    found = measured_capacity(run, needs.model, wish) if run else None
+    found = measured_capacity(grids, needs.model, wish) if grids else None
     by_formula = formula_capacity(needs, wish)
     if found is None or found.streams is None:
         beside = [found.remark] if found else []
@@ -114,15 +129,17 @@ def formula_capacity(needs: Needs, wish: Wish) -> Capacity:
     tokens = streams / step if step and streams else None
     if step is None and streams:
         remark += " · tokens per second have no formula without --bandwidth"
+    if wish.latency is not None and not wish.bandwidth:
+        remark += " · not held against the latency"
     return Capacity(needs.model, streams, "formula", tokens, "formula", step, limit, remark)
 
 
 # -- measurement -----------------------------------------------------------------------------------------------------
 
 
-def measured_capacity(run: Run, model: str, wish: Wish) -> Capacity | None:
+def measured_capacity(grids: Grids, model: str, wish: Wish) -> Capacity | None:
     """The largest batch inside the measured grid; without streams where the wish lies outside. None for a model it never measured."""
-    footprints, times, tails = grid_of(run, model, _FOOTPRINT), grid_of(run, model, _STEP), tails_of(run, model)
+    footprints, times, tails = grids.footprints, grids.times, grids.tails
     if not footprints and not times:
         return None
     outside = Capacity(model, None, "not measured", None, "not measured", None, "")
@@ -146,6 +163,13 @@ def measured_capacity(run: Run, model: str, wish: Wish) -> Capacity | None:
         "" if wish.latency is None or tails else "the median step was held against the latency: no single steps stored"
     )
     return Capacity(model, fits, "measured", fits / step if step else None, tokens_by, step, limit, remark)
+
+
+def grids_of(run: Run, model: str) -> Grids:
+    """The grids of one model: of ``latency`` and ``memory``, and of the probes of ``capacity``, each in a process of its own too."""
+    own = replace(run, records=tuple(r for r in run.records if r.model == model))
+    footprints, times = ({**grid_of(own, model, probe), **grid_of(own, model, plain)} for plain, probe in _MEASURED)
+    return Grids(footprints, times, tails_of(own, model))
 
 
 def grid_of(run: Run, model: str, metric: str) -> dict[tuple[int, int], float]:

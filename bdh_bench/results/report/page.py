@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh_bench.metrics import METRICS
+from bdh_bench.results.capacity_calculator import known_of, without_script
 from bdh_bench.results.claims import VERDICTS_MEAN, Answer, answer_of
 from bdh_bench.results.contenders import QUALITY
 from bdh_bench.results.display import GAP, count, interval, number, quantity
@@ -113,7 +114,7 @@ def render(content: Content, plotly_js: str | None = None) -> str:
     )
     environment.filters["plain"] = plain
     environment.globals["most_rows"] = _MOST_ROWS
-    scripts = [_script(text) for text in (plotly_js, _asset("page.js")) if text is not None]
+    scripts = [_script(text) for text in (plotly_js, _asset("capacity.js") + _asset("page.js")) if text is not None]
     return environment.get_template("page.html.j2").render(
         question=QUESTION,
         run=content.run,
@@ -127,6 +128,9 @@ def render(content: Content, plotly_js: str | None = None) -> str:
         details=[table for table in content.tables if table.detail],
         figures=[(figure, to_svg(figure), figure_table(figure)) for figure in content.figures],
         figure_data=json_in_html({figure.id: to_plotly(figure) for figure in content.figures}),
+        capacity=(known := known_of(content.answer.assessment.facts)),
+        capacity_table=without_script(content.answer.assessment.facts, known),
+        capacity_json=json_in_html([one.as_json() for one in known]),
         chips=(chips := chips_of(content.figures)),
         model_names=json_in_html([name for name, _ in chips]),
         point_count=len(content.points),

@@ -42,6 +42,7 @@ _SETTINGS = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "grid.color": _GRID,
+    "hatch.linewidth": 0.4,
 }
 
 
