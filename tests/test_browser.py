@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from synthetic_run import write_run
 from test_capacity_calculator import with_probes
+from test_recall_figures import made, needle
 
 from bdh_bench.results.capacity_calculator import known_of
 from bdh_bench.results.capacity_planning import Wish
@@ -320,6 +321,22 @@ def test_the_calculator_says_what_the_planner_says(chromium: Any, with_grid: tup
     assert {("measured", "memory"), ("measured", "latency"), ("formula", "memory"), ("formula", "latency"),
             ("formula", "position limit"), ("not measured", "unknown")} <= seen  # fmt: skip
     context.close()
+
+
+def test_a_map_is_drawn_read_aloud_and_hidden_with_its_model(chromium: Any, tmp_path: Path) -> None:
+    run = made(tmp_path, needle=needle)
+    reader = Reader(chromium, Path(write_report(run, tmp_path / "report.html")["html"]))
+    page, place = reader.page, reader.page.locator("#figure-needle-map .live")
+    page.wait_for_function("document.querySelectorAll('#figure-needle-map .hm image').length === 4")
+    assert page.locator("#figure-needle-map .static:visible").count() == 0
+    place.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#spoken").text_content() == (
+        "bdh: context, bytes 256, bdh · 0 %: share of needles ranked first 0.38"
+    )
+    page.locator("#model-chips button", has_text="bdh").click()
+    page.wait_for_function("document.querySelectorAll('#figure-needle-map .hm image').length === 3")
+    reader.close()
 
 
 def test_hostile_names_run_nothing(chromium: Any, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_probes_are_a_grid_and_one_batch_is_none(run: Run, tmp_path: Path) -> No
     # 45 streams need less: chords in log-log err low
     assert found.streams_by == found.tokens_by == "measured"
     assert 38 <= (found.streams or 0) <= 45
-    assert found.tokens_per_s == pytest.approx(found.streams / (0.002 + found.streams * 1e-4), rel=0.05)  # type: ignore[operator]
+    assert found.tokens_per_s == pytest.approx(found.streams / (0.002 + found.streams * 1e-4), rel=0.12)  # type: ignore[operator]
     assert found.cost_per_million == pytest.approx(1000 / found.tokens_per_s)  # type: ignore[operator]
     alone = known(write_run(tmp_path, crash=None))["bdh"]
     assert alone.grids.footprints == {}
