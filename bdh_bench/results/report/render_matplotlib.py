@@ -31,6 +31,9 @@ _DASHES: dict[str, Any] = {"solid": "-", "dash": "--", "dashdot": "-.", "dot": "
 _MARK_SYMBOLS = {"stopped": "|", "failed": "x", "half": "+", "crossing": "d"}
 #: A hundredth of a point is finer than any screen; the rest is weight.
 _DECIMALS = re.compile(r"(\d\.\d\d)\d+")
+_FONT = "'DejaVu Sans', sans-serif"  # of the whole picture
+#: Ids by which series, references and marks are found.
+_OURS = re.compile(r"(?:series|ribbon|band|reference|mark|heat|gap)-\d")
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -206,9 +209,20 @@ def _cleaned(text: str, figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    named = f'width="100%" role="img" aria-label={quoteattr(plain(figure.alt))}'
+    named = f'width="100%" font-family="{_FONT}" role="img" aria-label={quoteattr(plain(figure.alt))}'
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', lambda found: f"{found[1]} {named}", text, count=1)
     text = re.sub(r' (?:d|x|y|transform|style)="[^"]*"', lambda found: _DECIMALS.sub(r"\1", found[0]), text)
+    text = _thinned(text)
     text = re.sub(r'\bid="', f'id="{figure.id}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\1{figure.id}-", text)
     return text.replace(_INK, f"var(--ink, {_INK})").replace(_GRID, f"var(--grid, {_GRID})").strip()
+
+
+def _thinned(text: str) -> str:
+    """Without what no reader sees: comments, white space between elements, names that nothing refers to, the font at every text."""
+    text = re.sub(r">\s+<", "><", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
+    text = re.sub(r"\s*\n\s*", " ", text)
+    text = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*(?:; )?', r"\1", text)
+    text = re.sub(r'(<text [^>]*?) transform="rotate\(-0 [^"]*"', r"\1", text)
+    kept = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    return re.sub(r'(<\w+) id="([^"]*)"', lambda f: f[0] if f[2] in kept or _OURS.match(f[2]) else f[1], text)
