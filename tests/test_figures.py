@@ -135,7 +135,7 @@ def test_both_renderers_draw_every_square() -> None:
     assert svg.count('id="mapped-gap-') == 1
     assert 'id="mapped-gap-0-2"' in svg
     assert all(f">{cell.text}<" in svg for heat in figure.heats for cell in heat.cells)
-    assert svg.count("fill: #fee838") == 1  # the most
+    assert svg.count("fill:#fee838") == 1  # the most
     assert "<image" not in svg
 
 

@@ -172,7 +172,7 @@ def _draw_heat(axes: Any, heat: Heat, number: int) -> None:
     edges = [[places[0] - 0.5, *(place + 0.5 for place in places)] for places in (heat.columns, heat.rows)]
     shades = [[math.nan if shade is None else shade for shade in row] for row in heat.shades()]
     colors = LinearSegmentedColormap.from_list("shades", SHADES)
-    axes.pcolormesh(*edges, shades, cmap=colors, vmin=0, vmax=1, edgecolors="none", gid=f"heat-{number}")
+    axes.pcolormesh(*edges, shades, cmap=colors, vmin=0, vmax=1, edgecolors="none", clip_on=False, gid=f"heat-{number}")
     for at, cell in enumerate(heat.cells):
         if cell.shade is None:
             square = {"fill": False, "edgecolor": "#999999", "linewidth": 0, "hatch": "////"}
@@ -224,5 +224,16 @@ def _thinned(text: str) -> str:
     text = re.sub(r"\s*\n\s*", " ", text)
     text = re.sub(r'(<text style="[^"]*?)font-family: [^;"]*(?:; )?', r"\1", text)
     text = re.sub(r'(<text [^>]*?) transform="rotate\(-0 [^"]*"', r"\1", text)
+    text = re.sub(r'<g( clip-path="[^"]*")?>((?:<use [^>]*/>)+)</g>', _styled_once, text)
+    text = re.sub(r' style="[^"]*"', lambda found: re.sub(r"([:;]) ", r"\1", found[0]), text)
     kept = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
     return re.sub(r'(<\w+) id="([^"]*)"', lambda f: f[0] if f[2] in kept or _OURS.match(f[2]) else f[1], text)
+
+
+def _styled_once(group: re.Match[str]) -> str:
+    """Markers of one style, with the style at their group."""
+    styles = set(re.findall(r' style="[^"]*"', group[2]))
+    if len(styles) != 1 or group[2].count(" style=") != group[2].count("<use "):
+        return group[0]
+    (style,) = styles
+    return f"<g{group[1] or ''}{style}>{group[2].replace(style, '')}</g>"
