@@ -175,7 +175,7 @@ def _draw_heat(axes: Any, heat: Heat, number: int) -> None:
     axes.pcolormesh(*edges, shades, cmap=colors, vmin=0, vmax=1, edgecolors="none", clip_on=False, gid=f"heat-{number}")
     for at, cell in enumerate(heat.cells):
         if cell.shade is None:
-            square = {"fill": False, "edgecolor": "#999999", "linewidth": 0, "hatch": "////"}
+            square: dict[str, Any] = {"fill": False, "edgecolor": "#999999", "linewidth": 0, "hatch": "////"}
             axes.add_patch(Rectangle((cell.x - 0.5, cell.y - 0.5), 1, 1, gid=f"gap-{number}-{at}", **square))
         ink = _INK if cell.shade is None else ink_on(cell.shade)
         axes.text(cell.x, cell.y, cell.text, color=ink, fontsize=7.5, ha="center", va="center")
