@@ -82,7 +82,17 @@ def test_the_contract_of_run_list_export_and_report(tmp_path: Path, books: Path)
     assert len(raw) >= len([p for p in points if p["metric"] in measured])
 
     known = json.loads(_cli("export", "a", *runs, "--assessment").stdout)
-    assert set(known) == {"labels", "signals", "comparisons", "extrapolation", "training", "fairness", "gates", "speed", "time_crossovers"}
+    assert set(known) == {
+        "labels",
+        "signals",
+        "comparisons",
+        "extrapolation",
+        "training",
+        "fairness",
+        "gates",
+        "speed",
+        "time_crossovers",
+    }
     assert json.loads(_cli("show", "a", *runs, "--json").stdout)["data"]["assessment"] == known
 
     head, row = _cli("list", "runs", *runs).stdout.splitlines()

@@ -214,7 +214,7 @@ def test_recall_without_a_transformer_that_learned_it_is_invalid(tmp_path: Path,
     assert "recall: no signal" in answer.assessment.labels
     (claim,) = (c for c in answer.verdicts if c.topic == "validity")
     assert "recall is invalid, no signal: no transformer reaches 0.99 at 4 pairs in 64 tokens" in claim.text
-    assert "recall: invalid, no signal" in answer.paragraph.text
+    assert "recall: invalid, no signal" in answer.lines[-1].text
     compared = [c for c in answer.assessment.comparisons if c.point.task == "recall"]
     assert compared
     assert {c.decision.verdict for c in compared} == {"undecided"}

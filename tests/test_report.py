@@ -78,7 +78,7 @@ def test_the_json_beside_the_page_holds_its_points_and_figures(written: tuple[Pa
     content = content_of(write_run(written[0] / "again"))
     assert tuple(from_json(figure) for figure in held["figures"]) == content.figures
     summary = Path(written[1]["summary"]).read_text(encoding="utf-8")
-    assert markdown(content.answer.paragraph.text) in summary
+    assert all(markdown(line.text) in summary for line in content.answer.lines)
 
 
 def test_static_pages_are_small_and_pictures_are_files(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_figure_data_is_json_without_nan(tmp_path: Path) -> None:
 
 def test_the_answer_comes_first(tmp_path: Path) -> None:
     text = small(tmp_path)
-    assert text.index("this was a smoke run") < text.index("What it does not decide") < text.index("<svg")
+    assert text.index("smoke: not ranked") < text.index("What it does not decide") < text.index("<svg")
     assert "smoke</span>" in text
     assert "RuntimeError: boom" in text
     assert "worker ended by signal 11" in text

@@ -11,51 +11,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 from bdh_bench.results import statistics
+from bdh_bench.results.answer import lines_of
 from bdh_bench.results.assessment import Assessment, assess
+from bdh_bench.results.claim import Claim, Kind
 from bdh_bench.results.comparisons import Comparison, headline
 from bdh_bench.results.contenders import QUALITY, TRANSFORMER, Facts
-from bdh_bench.results.decisions import RANKING, SEEDS_TO_RANK, Why
+from bdh_bench.results.decisions import RANKING, Why
 from bdh_bench.results.depth import crossing_sentence
 from bdh_bench.results.display import count, number, quantity, signed, signed_interval
 from bdh_bench.results.extrapolation import WORSE_BY, Sweep
+from bdh_bench.results.open_questions import open_of
 from bdh_bench.results.rounds import point_of
 from bdh_bench.results.speed import SpeedComparison, ratio_text, verdict_text
 from bdh_bench.results.state_crossover import Census, StateCrossover, census_of
 from bdh_bench.results.store import Run
 from bdh_bench.results.tables import Point, finite
 from bdh_bench.results.thresholds import SOLVED, first_below
-from bdh_bench.results.validity import Signal, without_signal
+from bdh_bench.results.validity import Signal
 
-Kind = Literal["measured", "not decided"]
 #: How a line of ``Answer.verdicts`` on quality is read.
 VERDICTS_MEAN = "Differences in bits per byte on the same targets: below 0, the model named first is better."
-ARCHITECTURES_OPEN = f"Architectures: not decided — run with --seeds {SEEDS_TO_RANK}."
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence, the cells behind it, what it speaks about, and whether it decides anything."""
-
-    text: str
-    evidence: tuple[str, ...]
-    scope: str
-    kind: Kind
-    topic: str = ""
-    short: str = ""
-    context: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reader sees first: one paragraph, a verdict per pair, what stays open; the sentences behind them, and all the rules made.
+    """What a reader sees first: labelled lines, a verdict per pair, what stays open; the sentences behind them, and all the rules made.
 
     Every statement of ``claims`` on quality is in ``verdicts`` too, in short: a view shows these first and the others on request.
     """
 
-    paragraph: Claim
+    lines: tuple[Claim, ...]
     verdicts: tuple[Claim, ...]
     open: tuple[Claim, ...]
     claims: tuple[Claim, ...]
@@ -78,11 +65,8 @@ def answer_of(run: Run, points: Sequence[Point] | None = None) -> Answer:
     first = (*_training(known), *_signals(known), *_regimes(known))
     rest = (*_contexts(known), *_references(known), *memory, *latency, *_limits(facts), *_failures(facts))
     claims = (*quality, *first, *rest)
-    farthest = sorted((claims[-1] for claims in by_pair if claims), key=lambda claim: -claim.context)
-    leading = sorted(farthest[:2], key=[claims[-1] for claims in by_pair if claims].index)
-    paragraph = _paragraph(known, quality, leading, memory, latency)
     verdicts = (*first, *_verdicts(known, quality), *memory)
-    return Answer(paragraph, verdicts, tuple(_open(known, quality, memory, latency)), claims, known)
+    return Answer(lines_of(known), verdicts, tuple(open_of(known, quality, memory, latency)), claims, known)
 
 
 # -- quality ---------------------------------------------------------------------------------------------------------
@@ -458,7 +442,7 @@ def _speed(facts: Facts, s: SpeedComparison, what: str) -> Claim:
     return Claim(text, s.cells, "this machine", "measured" if decided else "not decided", "time", short)
 
 
-# -- limits, failures, the paragraph ---------------------------------------------------------------------------------
+# -- limits and failures --------------------------------------------------------------------------------------------
 
 
 def _limits(facts: Facts) -> Iterator[Claim]:
@@ -488,99 +472,6 @@ def _failures(facts: Facts) -> Iterator[Claim]:
             names = ", ".join(dict.fromkeys(f"{cell.model} on {cell.task}" for cell in cells))
             text = f"{count(len(cells))} of {total} cells {what}: {names}."
             yield Claim(text, tuple(cell.key for cell in cells), "this run", "not decided", "failure")
-
-
-def _paragraph(
-    known: Assessment,
-    quality: Sequence[Claim],
-    leading: Sequence[Claim],
-    memory: Sequence[Claim],
-    latency: Sequence[Claim],
-) -> Claim:
-    """The answer in one paragraph: what is decided at all, then quality (``leading``: one claim per pair), bytes and time."""
-    facts = known.facts
-    decided = any(claim.kind == "measured" for claim in quality)
-    parts, evidence = [_headline(facts, quality)], []
-    if known.training.undertrained:
-        parts.append("Undertrained: nothing about contexts longer than the training context follows.")
-    for task in without_signal(known.signals):
-        parts.append(f"{task}: invalid, no signal.")
-    for title, claims, end in (
-        ("Quality", leading[:2], ""),
-        ("Bytes", memory[:2], ""),
-        ("Time", latency[:1], ""),
-    ):
-        sentences = "; ".join((claim.short or claim.text).rstrip(".") for claim in claims)
-        parts.append(f"{title}: {sentences}{end}." if claims else f"{title}: not measured in this run.")
-        evidence += [key for claim in claims for key in claim.evidence]
-    if facts.seeds < SEEDS_TO_RANK:
-        parts.append(ARCHITECTURES_OPEN)
-    kind: Kind = "measured" if decided else "not decided"
-    return Claim(" ".join(parts), tuple(dict.fromkeys(evidence)), "this run", kind, "answer")
-
-
-def _headline(facts: Facts, quality: Sequence[Claim]) -> str:
-    if _is_smoke(facts.run):
-        return "Not decided: this was a smoke run, which shows that everything works and not who is better."
-    if not quality:
-        return "Not decided: this run compares no quality."
-    decided = sum(claim.kind == "measured" for claim in quality)
-    if not decided:
-        return "Not decided by this run."
-    who = "between designs" if facts.seeds >= SEEDS_TO_RANK else "between these checkpoints"
-    return f"Decided {who} in {decided} of {len(quality)} comparisons of quality."
-
-
-def _is_smoke(run: Run) -> bool:
-    return "smoke" in (run.manifest.get("labels") or [])
-
-
-def _open(
-    known: Assessment, quality: Sequence[Claim], memory: Sequence[Claim], latency: Sequence[Claim]
-) -> Iterator[Claim]:
-    """What this run does not decide, one plain sentence each."""
-    facts = known.facts
-
-    def undecided(text: str, claims: Iterable[Claim] = (), scope: str = "this run") -> Claim:
-        evidence = tuple(dict.fromkeys(key for claim in claims for key in claim.evidence))
-        return Claim(text, evidence, scope, "not decided", "open")
-
-    if facts.seeds < SEEDS_TO_RANK:
-        seeds = f"{facts.seeds} training seed{'' if facts.seeds == 1 else 's'}, {SEEDS_TO_RANK} are needed"
-        yield undecided(f"Which architecture has the better quality ({seeds}).", quality, "architectures")
-    unranked = [claim for claim in quality if claim.kind == "not decided"]
-    if unranked:
-        yield undecided(f"Which checkpoint is ahead in {len(unranked)} of {len(quality)} comparisons.", unranked)
-    if not quality:
-        yield undecided("Quality: no two models scored the same bytes.")
-    if not memory:
-        yield undecided("Bytes: the state was not measured.")
-    ratios = [claim for claim in latency if claim.short]  # the others say where curves cross
-    open_times = [claim for claim in ratios if claim.kind == "not decided"]
-    if open_times and all("single round" in claim.text for claim in open_times):
-        yield undecided("Which model is faster: one round in one process is no ranking.", latency, "this machine")
-    elif open_times:
-        text = f"Which model is faster in {len(open_times)} of {len(ratios)} comparisons."
-        yield undecided(text, open_times, "this machine")
-    elif not ratios:
-        yield undecided("Time: no two models were timed at the same context.")
-    longest = max((p.context for p in facts.points if p.value is not None), default=0)
-    if longest:
-        yield undecided(f"Anything beyond {count(longest)} bytes of context.")
-    if quality and known.training.status != "sufficient":
-        yield Claim(
-            "Anything about long contexts: undertrained."
-            if known.training.undertrained
-            else f"Whether training was long enough: {known.training.text}.",
-            known.training.cells,
-            "this run",
-            "not decided",
-            "open",
-        )
-    for first, second in facts.pairs() if quality else ():
-        if why := known.card.unmatched(first, second):
-            pair = f"{facts.label(first)} and {facts.label(second)}"
-            yield undecided(f"What a fair match of {pair} would show: {why}.")
 
 
 def _cells(points: Iterable[Point]) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from bdh_bench.results.claims import VERDICTS_MEAN, Answer, Claim, answer_of, references_of
+from bdh_bench.results.answer import BACKGROUND, QUESTION
+from bdh_bench.results.claim import Claim
+from bdh_bench.results.claims import VERDICTS_MEAN, Answer, answer_of, references_of
 from bdh_bench.results.display import GAP, number, shortened, tick
 from bdh_bench.results.escaping import plain
 from bdh_bench.results.store import Run
@@ -62,18 +64,28 @@ def renderable(run: Run, everything: bool = False) -> Group:
 
 
 def _head(run: Run, answer: Answer) -> Iterator[RenderableType]:
+    from rich.padding import Padding
     from rich.text import Text
 
     labels = " ".join(f"[{plain(label)}]" for label in answer.assessment.labels)
     yield Text(f"Run {plain(run.id)} {labels}".rstrip(), style="bold")
-    yield Text(plain(answer.paragraph.text))
+    yield Text(QUESTION, style="bold")
+    yield Text(BACKGROUND, style="dim")
+    yield Text("")
+    for line in answer.lines:
+        text = Text.assemble((f"{line.topic}  ", "bold"), plain(line.text), (f" ({plain(line.scope)})", "dim"))
+        yield Padding(text, (0, 0, 0, 1))
 
 
 def _section(title: str, claims: Iterable[Claim], note: str = "") -> list[RenderableType]:
     from rich.padding import Padding
     from rich.text import Text
 
-    lines: list[RenderableType] = [Padding(Text(f"• {plain(claim.text)}"), (0, 0, 0, 1)) for claim in claims]
+    lines: list[RenderableType] = []
+    for claim in claims:
+        lines.append(Padding(Text(f"• {plain(claim.text)}"), (0, 0, 0, 1)))
+        if claim.command:
+            lines.append(Padding(Text(plain(claim.command), style="dim"), (0, 0, 0, 5)))
     head = [Text(title, style="bold"), *([Text(note, style="dim")] if note else [])]
     return [*head, *lines, Text("")] if lines else []
 

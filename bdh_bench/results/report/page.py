@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh_bench.metrics import METRICS
+from bdh_bench.results.answer import BACKGROUND, QUESTION
 from bdh_bench.results.capacity_calculator import known_of, without_script
 from bdh_bench.results.claims import VERDICTS_MEAN, Answer, answer_of
 from bdh_bench.results.contenders import QUALITY
@@ -26,11 +27,11 @@ from bdh_bench.results.figures import figures_of
 from bdh_bench.results.regression import baseline_table, compare
 from bdh_bench.results.report.render_matplotlib import to_svg
 from bdh_bench.results.report.render_plotly import to_plotly
+from bdh_bench.results.score_cards import score_cards
 from bdh_bench.results.store import CellOutcome, Run
 from bdh_bench.results.tables import HASH_AXIS, Entry, Point, Table, finite, headlines_of, points_of, value_tables
 from bdh_bench.results.validity import without_signal
 
-QUESTION = "Does BDH match transformers and state-space models on long contexts without a KV cache?"
 _FOLDER = Path(__file__).parent
 _LOG_TAIL = 4000
 #: Rows of one table of the page; the exports have all.
@@ -58,6 +59,7 @@ def content_of(run: Run, baseline: Run | None = None) -> Content:
     facts = answer.assessment.facts
     tables = (
         *value_tables(points, facts.titles, headlines_of(run), without_signal(answer.assessment.signals)),
+        *([cards] if (cards := score_cards(facts)).rows else []),
         *answer.assessment.tables(),
         *([baseline_table(compare(baseline, [run]))] if baseline else []),
     )
@@ -117,6 +119,7 @@ def render(content: Content, plotly_js: str | None = None) -> str:
     scripts = [_script(text) for text in (plotly_js, _asset("capacity.js") + _asset("page.js")) if text is not None]
     return environment.get_template("page.html.j2").render(
         question=QUESTION,
+        background=BACKGROUND,
         run=content.run,
         labels=content.answer.assessment.labels,
         answer=content.answer,

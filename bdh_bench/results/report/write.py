@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from bdh_bench.errors import StoreError
-from bdh_bench.results.claims import VERDICTS_MEAN
+from bdh_bench.results.answer import BACKGROUND, QUESTION
+from bdh_bench.results.claim import Claim
+from bdh_bench.results.claims import VERDICTS_MEAN, Answer
 from bdh_bench.results.escaping import markdown
 from bdh_bench.results.export import as_csv, markdown_table, point_as_json
 from bdh_bench.results.figure import to_json
 from bdh_bench.results.report.page import (
-    QUESTION,
     Content,
     content_of,
     failures_of,
@@ -82,7 +84,9 @@ def as_json(content: Content) -> str:
         "schema": "bdh-bench/report-file/1",
         "run": content.run.id,
         "labels": list(content.answer.assessment.labels),
-        "answer": content.answer.paragraph.text,
+        "question": QUESTION,
+        "answer": [_claim_as_json(line) for line in content.answer.lines],
+        "not_decided": [_claim_as_json(claim) for claim in content.answer.open],
         "points": [point_as_json(point) for point in content.points],
         "assessment": content.answer.assessment.as_json(),
         "figures": [to_json(figure) for figure in content.figures],
@@ -90,13 +94,30 @@ def as_json(content: Content) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
+def _claim_as_json(claim: Claim) -> dict[str, Any]:
+    value = {"text": claim.text, "scope": claim.scope, "kind": claim.kind, "cells": list(claim.evidence)}
+    return {"label": claim.topic, **value, **({"command": claim.command} if claim.command else {})}
+
+
+def _answer_as_text(answer: Answer) -> list[str]:
+    """The lines of the answer, each with its scope, and what a reader must know to read them."""
+    lines = [BACKGROUND, ""]
+    return [*lines, *(f"- **{c.topic}.** {markdown(c.text)} ({markdown(c.scope)})" for c in answer.lines), ""]
+
+
+def _open_as_text(answer: Answer) -> list[str]:
+    """What stays open; each with the run that could decide it, on a line of its own."""
+    made = (f"- {markdown(c.text)}" + (f"  \n  {markdown(c.command)}" if c.command else "") for c in answer.open)
+    return list(made) or ["- Nothing that its rules ask for."]
+
+
 def as_summary(content: Content) -> str:
     """The answer, its first table and what stays open, as Markdown: short enough for a pull request."""
     first = first_table(content.tables)
-    lines = [f"**{QUESTION}**", "", markdown(content.answer.paragraph.text), ""]
+    lines = [f"**{QUESTION}**", "", *_answer_as_text(content.answer)]
     lines += [markdown_table(first)] if first else []
     lines += [f"- {markdown(claim.text)}" for claim in content.answer.verdicts]
-    lines += ["", "Not decided:", ""] + [f"- {markdown(claim.text)}" for claim in content.answer.open]
+    lines += ["", "Not decided, and which run could:", "", *_open_as_text(content.answer)]
     return "\n".join([*lines, ""])
 
 
@@ -104,8 +125,12 @@ def as_text(content: Content) -> str:
     """The report as Markdown: to paste where a page cannot go."""
     labels = ", ".join(content.answer.assessment.labels)
     lines = [f"# {QUESTION}", "", f"Run {markdown(content.run.id)}{f' ({markdown(labels)})' if labels else ''}.", ""]
-    lines += [markdown(content.answer.paragraph.text), "", "## Not decided", ""]
-    lines += [f"- {markdown(claim.text)}" for claim in content.answer.open]
+    lines += [
+        *_answer_as_text(content.answer),
+        "## Not decided, and which run could",
+        "",
+        *_open_as_text(content.answer),
+    ]
     lines += ["", "## What was measured", "", VERDICTS_MEAN, ""]
     said = (*content.answer.verdicts, *content.answer.details)
     lines += [f"- {markdown(claim.text)}" for claim in said] or ["- Nothing."]
