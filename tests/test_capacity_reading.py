@@ -88,7 +88,7 @@ def test_both_sides_of_the_edge_are_told(run: Run) -> None:
 def test_throughput_is_streams_over_the_median_step(run: Run) -> None:
     points = points_of(run)
     together = _point(points, "gpt2@1m", "capacity_tokens_per_s", 256)
-    assert (together.batch_size, together.n) == (600, 3)
+    assert (together.batch_size, together.n) == (600, 1)
     assert together.value == pytest.approx(600 / (0.61 * 1.1))
     assert _point(points, "gpt2@1m", "stream_tokens_per_s", 256).value == pytest.approx(1 / (0.011 * 1.1))
     gone = _point(points, "gpt2@1m", "capacity_tokens_per_s", 4096)
