@@ -79,9 +79,10 @@ def _judge(facts: Facts, yardstick: str, span: list[Point]) -> Sufficiency:
     gained = _gain(rows[best])
     share = gained / worth
     cells = tuple(dict.fromkeys(key for p in (*span, *rows[best]) for key in p.cells))
+    ratio = f", {number(round(100 * share))} % of it" if gained > 0 else ""
     text = (
-        f"{where} the best transformer, {facts.label(best)}, gains {signed(gained)} bits per byte where the yardstick "
-        f"{facts.label(yardstick)} gains {signed(worth)}, {number(round(100 * share))} % of it ({100 * LEAST_SHARE:.0f} % are needed)"
+        f"{where} the best transformer, {facts.label(best)}, {'gains' if gained > 0 else 'loses'} {number(abs(gained))} bits per byte "
+        f"where the yardstick {facts.label(yardstick)} gains {number(worth)}{ratio} ({100 * LEAST_SHARE:.0f} % are needed)"
     )
     return Sufficiency("undertrained" if share < LEAST_SHARE else "sufficient", text, cells, share)
 
