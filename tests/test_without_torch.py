@@ -41,7 +41,7 @@ READING = (
     "list tasks",
 )
 #: Verbs that come to measure, train or write code; all others are held to reading without torch by the test below.
-MEASURING = {"run", "train", "sweep", "generate", "new", "check", "convert", "selftest", "doctor"}
+MEASURING = {"run", "worker", "train", "sweep", "generate", "new", "check", "convert", "plan", "selftest", "doctor"}
 
 
 def _commands() -> set[str]:
