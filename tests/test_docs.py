@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -149,3 +150,41 @@ def test_a_wrong_command_is_noticed() -> None:
 
 def test_definitions_are_those_of_the_table() -> None:
     assert generate_definitions.PAGE.read_text(encoding="utf-8") == generate_definitions.text()
+
+
+def test_the_readme_table_is_the_recorded_one() -> None:
+    """Means over seeds and half of their intervals, as far as the page rounds them."""
+    names = {
+        "bdh, crops": "bdh",
+        "bdh, carried state": "bdh:regime=carried",
+        "bdh, crops + carried": "bdh:regime=crop+carried",
+    }
+    names |= {"ngram_cache, unlearned": "ngram_cache"} | {name: name for name in ("llama", "gpt2", "mamba", "mamba2")}
+    with (ROOT / "results" / "laptop" / "results.csv").open(encoding="utf-8") as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["metric"] == "bits_per_byte" and not row["seed"] and row["value"]
+        ]
+    stored = {(row["model"], int(row["context"])): row for row in rows}
+    text = (
+        (ROOT / "README.md")
+        .read_text(encoding="utf-8")
+        .partition("## A first experiment")[2]
+        .partition("What it shows")[0]
+    )
+    checked = 0
+    for shown, model in names.items():
+        (line,) = (one for one in text.splitlines() if one.startswith(f"      {shown}  "))
+        for context, (mean, half) in zip(
+            (128, 256, 512, 1024, 2048, 4096), re.findall(r"(\d\.\d+) +± (\d\.\d+)", line), strict=False
+        ):
+            row = stored[model, context]
+            assert float(mean) == pytest.approx(float(row["value"]), abs=0.51 * 10.0 ** -len(mean.partition(".")[2])), (
+                model,
+                context,
+            )
+            assert float(half) == pytest.approx((float(row["high"]) - float(row["low"])) / 2, abs=0.0101), (
+                model,
+                context,
+            )
+            checked += 1
+    assert checked == 7 * 6 + 2
